@@ -1,0 +1,1 @@
+"""Benchmarks of fusedlr; see README.md beside this file."""

@@ -1,0 +1,166 @@
+"""One comparison: two contenders from equal parameters and gradients, checked against each other, timed in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bench.cases import Case
+from bench.peers import PEERS, Build, Contender, build_fusedlr, replays_graph
+
+# Norms of the gradients from step to step, in units of the threshold: below, far above, a little above. They vary so
+# that a wrong clip factor shows: to a constant factor alone Adam is blind.
+GRADIENT_NORMS = (0.5, 4.0, 1.7)
+CHECKED_STEPS = len(GRADIENT_NORMS)
+MINIMUM_ROUNDS = 20
+
+# Enough to push the last-level cache of current CPUs' core groups and the L2 cache of current GPUs out.
+FLUSH_BYTES = 256 * 2**20
+
+
+class DisagreementError(AssertionError):
+    """The two sides did not compute the same: there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds per step of both sides, one number a round."""
+
+    fusedlr: list[float]
+    peer: list[float]
+
+    @staticmethod
+    def percentiles(milliseconds: list[float]) -> tuple[float, float, float]:
+        p20, p50, p80 = np.percentile(milliseconds, (20, 50, 80))
+        return float(p20), float(p50), float(p80)
+
+
+class Comparison:
+    """fusedlr and one peer on the same case.
+
+    Both sides own their parameters and gradients. The gradients, in tensors of their own as autograd leaves them, are
+    written anew before every step, since torch clips them in place; that is not part of any time.
+    """
+
+    def __init__(self, case: Case, peer: str, seed: int = 0, build_peer: Build | None = None) -> None:
+        self.case = case
+        self.peer_name = peer
+        generator = torch.Generator(case.device).manual_seed(seed)
+        self.initial = self._tensors(generator, 0.02)
+        self.gradients = self._tensors(generator, 1.0)
+        norm = torch.stack([g.norm(dtype=torch.float32) for g in self.gradients]).norm().item()
+        self.unit = (1.0 if case.clip is None else case.clip) / norm
+        self.sides: list[tuple[list[Parameter], Contender]] = []
+        for build in (build_fusedlr, build_peer or PEERS[peer]):
+            params = [Parameter(p.clone()) for p in self.initial]
+            self.sides.append((params, build(case, params)))
+            for p in params:
+                p.grad = torch.empty_like(p)
+        self.steps = 0
+        self._trash = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=case.device)
+
+    def check_then_time(self, rounds: int) -> Times:
+        """Times of both sides; raises DisagreementError if parameters differ before or after the timed steps."""
+        if rounds < MINIMUM_ROUNDS:
+            raise ValueError(f"expected at least {MINIMUM_ROUNDS} rounds, for steady percentiles, got {rounds}")
+        self.check()
+        if replays_graph(self.peer_name):
+            for _, contender in self.sides:
+                contender.capture()
+        times: tuple[list[float], list[float]] = ([], [])
+        for i in range(rounds):
+            self.refresh_gradients()
+            for side in (0, 1) if i % 2 == 0 else (1, 0):
+                self._trash.fill_(i % 251)
+                times[side].append(self._timed(self.sides[side][1].step))
+            self.steps += 1
+        self.compare()
+        return Times(*times)
+
+    def check(self) -> None:
+        """Take a few steps on both sides and compare."""
+        for _ in range(CHECKED_STEPS):
+            self.refresh_gradients()
+            for _, contender in self.sides:
+                contender.step()
+            self.steps += 1
+        self.compare()
+
+    @torch.no_grad()
+    def refresh_gradients(self) -> None:
+        scale = self.unit * GRADIENT_NORMS[self.steps % len(GRADIENT_NORMS)]
+        for params, _ in self.sides:
+            for p, g in zip(params, self.gradients, strict=True):
+                torch.mul(g, scale, out=p.grad)
+
+    @torch.no_grad()
+    def compare(self) -> None:
+        """Raise DisagreementError unless both sides' parameters have moved and agree, up to rounding."""
+        # Every step rounds a parameter once when it decays and once when it is updated, on either side: four halves of
+        # a unit in the last place. As for the update itself, torch's fused kernel takes beta from float32, which makes
+        # 1 - beta2**t, and so the update, off by up to 1e-5 in the first steps. In bfloat16, torch also rounds the norm
+        # and the clipped gradients to 8 bits, and both sides round the state, each worth 2**-9 to 2**-8 of an update.
+        per_step, of_movement = {torch.float32: (2.0**-22, 2e-5), torch.bfloat16: (2.0**-7, 2.0**-5)}[self.case.dtype]
+        (ours, _), (theirs, _) = self.sides
+        for i, (a, b, start) in enumerate(zip(ours, theirs, self.initial, strict=True)):
+            a, b, start = a.float(), b.float(), start.float()
+            moved = (b - start).abs().max().item()
+            excess = ((a - b).abs() - (self.steps * per_step * b.abs() + of_movement * moved)).max().item()
+            if not moved > 0:
+                raise DisagreementError(f"{self._where(i)}: {self.peer_name} has not moved it in {self.steps} steps")
+            if not excess <= 0:  # a NaN on either side is a disagreement, too
+                raise DisagreementError(
+                    f"{self._where(i)}: fusedlr and {self.peer_name} are {(a - b).abs().max().item():.3e} apart after "
+                    f"{self.steps} steps that moved it by {moved:.3e}, {excess:.1e} more than rounding explains"
+                )
+
+    def _where(self, i: int) -> str:
+        return f"case {self.case.name}, tensor {i} of shape {tuple(self.initial[i].shape)}"
+
+    def _tensors(self, generator: torch.Generator, std: float) -> list[Tensor]:
+        def make(shape: tuple[int, ...]) -> Tensor:
+            tensor = torch.empty(shape, dtype=self.case.dtype, device=self.case.device)
+            return tensor.normal_(std=std, generator=generator)
+
+        return [make(shape) for shape in self.case.shapes()]
+
+    def _timed(self, step: Callable[[], None]) -> float:
+        if self.case.device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The device is idle when the step begins, so its time holds what the host takes to launch it.
+            torch.cuda.synchronize()
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end)
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+
+
+def copy_gbps(device: str) -> float:
+    """Bytes read plus bytes written per second, / 1e9, by `y.copy_(x)` of 1 GiB: the median of ten."""
+    x = torch.ones(2**28, dtype=torch.float32, device=device)
+    y = torch.zeros_like(x)
+    seconds = []
+    for _ in range(12):
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            y.copy_(x)
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            y.copy_(x)
+            seconds.append(time.perf_counter() - start)
+    # The first two pay for what is set up only once.
+    return 2 * x.numel() * x.element_size() / float(np.median(seconds[2:])) / 1e9
