@@ -77,7 +77,7 @@ class Comparison:
         for i in range(rounds):
             self.refresh_gradients()
             for side in (0, 1) if i % 2 == 0 else (1, 0):
-                self._trash.fill_(i % 251)
+                self.flush_caches()
                 times[side].append(self._timed(self.sides[side][1].step))
             self.steps += 1
         self.compare()
@@ -98,6 +98,14 @@ class Comparison:
         for params, _ in self.sides:
             for p, g in zip(params, self.gradients, strict=True):
                 torch.mul(g, scale, out=p.grad)
+
+    def flush_caches(self) -> None:
+        self._trash.fill_(self.steps % 251)
+
+    def prepare(self) -> None:
+        """What comes before a step and is not part of its time."""
+        self.refresh_gradients()
+        self.flush_caches()
 
     @torch.no_grad()
     def compare(self) -> None:

@@ -83,7 +83,7 @@ def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary position embedding: pairs of features, as complex numbers, turned by an angle that grows with the place."""
+    """Rotary position embedding: each pair of features is turned by an angle that grows with the position."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2)
 
@@ -283,9 +283,10 @@ def draw(theirs: Run, ours: Run, title: str, out: Path) -> None:
         for run, style in zip((theirs, ours), styles, strict=True):
             axis.plot(range(1, len(run.losses) + 1), getattr(run, attribute), label=run.name, **style)
         axis.set(title=name, xlabel="step", ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes[1, 0].axhline(MAX_NORM, color="0.4", lw=0.8, ls=":", label=f"threshold {MAX_NORM:g}")
-    axes[1, 0].set_yscale("log")
+    axes[1, 0].set_ylim(bottom=0)
 
     axis = axes[1, 1]
     # A few steps are slow for reasons of the machine's own: the axis ends where one in twenty lies beyond it.
@@ -296,7 +297,8 @@ def draw(theirs: Run, ours: Run, title: str, out: Path) -> None:
         label = f"{run.name}: median {median:.2f} ms"
         axis.hist(run.milliseconds, bins=40, range=span, color=style["color"], alpha=0.55, label=label)
         axis.axvline(median, color=style["color"], lw=1.5)
-    axis.set(title="Clipping, update and schedule together", xlabel="time per step (ms)", ylabel="steps")
+    axis.set(title="Time of clipping, update and schedule", xlabel="time per step (ms)", ylabel="steps")
+    axis.yaxis.get_major_locator().set_params(integer=True)
 
     for axis in axes.flat:
         axis.grid(alpha=0.25)
