@@ -1,0 +1,191 @@
+"""The backends: one interface, three verbs (measure, decide, apply), and the choice between them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..clipping import Clip
+from ..groups import Scheduled
+from ..rule import Rule
+from ..state import Leaf
+
+__all__ = ["Backend", "Executor", "Knobs", "choose_backend", "executors_for"]
+
+_T = TypeVar("_T")
+_NAMES = ("auto", "triton", "torch")
+_GPUS = ("cuda", "xpu")
+
+
+@dataclass
+class Knobs:
+    """What varies from step to step.
+
+    Args:
+        scalars: the hyper-parameters of each group by name, schedules and outside writes taken into account.
+        maximize: whether each group ascends.
+        schedules: the scheduled scalars of each group, for a backend that evaluates them on the device.
+        max_norm_schedule: the schedule of the clip's threshold, or None.
+        t: the clock: steps taken so far, as far as the host knows.
+        clip: the clipping strategy, or None.
+        clip_numbers: its (max_norm, eps, limit) for this step.
+        nonfinite: "propagate", "skip" or "raise".
+        advance: whether the clock counts this step.
+        grad_norm: where the global norm goes, or None.
+        clock: gives the int64 tensor (t, skipped steps) of a device.
+    """
+
+    scalars: list[dict[str, Any]]
+    maximize: list[bool]
+    schedules: list[list[Scheduled]]
+    max_norm_schedule: Any
+    t: int
+    clip: Clip | None
+    clip_numbers: tuple[float, float, float]
+    nonfinite: str
+    advance: bool
+    grad_norm: Tensor | None
+    clock: Callable[[torch.device], Tensor]
+
+    @property
+    def scope(self) -> str | None:
+        """Over what a norm is needed: "global", "tensor", or None for no norm."""
+        return self.clip.scope if self.clip is not None else None
+
+    @property
+    def measures(self) -> bool:
+        """Whether the gradients must be read before the update."""
+        return self.scope is not None or self.nonfinite != "propagate"
+
+    @property
+    def norm_type(self) -> float:
+        """The p of the norm; looking for non-finite values alone takes the cheapest one."""
+        return float(getattr(self.clip, "norm_type", 2.0))
+
+
+class Executor(ABC):
+    """Steps some of a plan's leaves by the three verbs; made anew whenever the plan is."""
+
+    def __init__(self, leaves: list[Leaf], positions: list[int] | None) -> None:
+        self.leaves = leaves
+        self.positions = positions
+
+    def part(self, values: Sequence[_T]) -> Sequence[_T]:
+        """The entries of a per-leaf list that belong to this executor."""
+        return values if self.positions is None else [values[i] for i in self.positions]
+
+    @abstractmethod
+    def prepare(self, rules: list[Rule]) -> None:
+        """Allocate what the steps need; the leaves have their state now."""
+
+    @abstractmethod
+    def layout(self, ordered: Sequence[bool]) -> None:
+        """Learn which gradients lie in memory in the order of their parameters."""
+
+    @abstractmethod
+    def measure(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
+        """Read the gradients once for what the clip and the non-finite policy need."""
+
+    @abstractmethod
+    def decide(self, knobs: Knobs) -> bool:
+        """Norms, clip factors and the rows of numbers; whether the host knows that the step is skipped."""
+
+    @abstractmethod
+    def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
+        """Update parameters and state in one pass."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The user's choice: "auto", "triton" or "torch"."""
+
+    name: str
+
+    def for_device(self, device_type: str) -> str:
+        """Which backend steps tensors of a device."""
+        if self.name == "auto":
+            return "triton" if device_type in _GPUS and triton_missing() is None else "torch"
+        return self.name
+
+    def explain(self, device_types: Sequence[str]) -> str:
+        """What was chosen for each kind of device, and why."""
+        because = "because no Triton is installed" if triton_missing() is not None else "by default"
+        if self.name != "auto":
+            because = "as asked"
+        chosen = [f"{self.for_device(d)} for {d} tensors" for d in device_types]
+        return f"{', '.join(chosen)} ({because})"
+
+
+def triton_missing() -> str | None:
+    """Why Triton cannot be imported, or None where it can."""
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def choose_backend(name: str) -> Backend:
+    """The backend meant by an argument; ``FUSEDLR_BACKEND`` overrides "auto".
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for "triton" where Triton cannot run.
+    """
+    source = "backend"
+    if name == "auto" and os.environ.get("FUSEDLR_BACKEND"):
+        name, source = os.environ["FUSEDLR_BACKEND"], "the environment variable FUSEDLR_BACKEND"
+    if name not in _NAMES:
+        raise ValueError(f"{source} must be one of {_NAMES}, but got {name!r}")
+    if name == "triton":
+        missing = triton_missing()
+        if missing is not None:
+            raise RuntimeError(f"{source}='triton', but {missing}; install triton or use backend='torch'")
+        if not interpreting() and not (torch.cuda.is_available() or torch.xpu.is_available()):
+            raise RuntimeError(
+                f"{source}='triton', but there is no GPU here and the Triton interpreter is off; "
+                "use backend='torch', or set TRITON_INTERPRET=1 before Triton is imported"
+            )
+    return Backend(name)
+
+
+def executors_for(backend: Backend, leaves: list[Leaf]) -> list[Executor]:
+    """The executors that share a plan's leaves, by device.
+
+    Raises:
+        RuntimeError: where the asked backend cannot step a leaf's device.
+    """
+    parts: dict[str, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        chosen = backend.for_device(leaf.device.type)
+        if chosen == "triton" and leaf.device.type not in _GPUS and not interpreting():
+            raise RuntimeError(
+                f"backend='triton' cannot step parameter {leaf.index} on {leaf.device}: move it to a GPU, use "
+                "backend='auto', or set TRITON_INTERPRET=1 before Triton is imported"
+            )
+        parts.setdefault(chosen if chosen == "triton" else f"torch-{leaf.device.type == 'cpu'}", []).append(i)
+    executors: list[Executor] = []
+    for kind, positions in parts.items():
+        mine = [leaves[i] for i in positions]
+        where = None if len(mine) == len(leaves) else positions
+        if kind == "triton":
+            from .triton import TritonExecutor
+
+            executors.append(TritonExecutor(mine, where))
+        elif kind == "torch-True":
+            from .torch import HostExecutor
+
+            executors.append(HostExecutor(mine, where))
+        else:
+            from .device import DeviceExecutor
+
+            executors.append(DeviceExecutor(mine, where))
+    return executors

@@ -1,0 +1,53 @@
+"""Norms on the PyTorch backend, kept in range and combined in float64.
+
+A piece of a gradient contributes a pair (scale, sum): its share of ``sum |g|^p`` is ``scale**p * sum``. In the
+ordinary case scale is 1. Where squares would overflow or vanish (1e20 and 1e-30 in float32) the piece is divided by
+its largest magnitude first, so that a norm is non-finite only if an element is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["combine", "piece_sum"]
+
+# Sums of squares of float32 between these are as exact as float32 is: no square among them overflowed, and the squares
+# that fell below 1e-45 are too small to matter.
+_LEAST, _MOST = 1e-24, 1e38
+
+
+def piece_sum(x: Tensor, norm_type: float) -> tuple[float, float]:
+    """(scale, sum) of a one-dimensional piece on the CPU, short enough for float32 to accumulate (2**18 elements)."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()
+    if norm_type == 2.0:
+        total = torch.dot(x, x).item()
+        if (_LEAST < total < _MOST) or total == 0.0 and not x.any():
+            return 1.0, total
+    if x.numel() == 0:
+        return 1.0, 0.0
+    largest = torch.linalg.vector_norm(x, math.inf).item()
+    if norm_type == math.inf:
+        return largest, 1.0
+    if largest == 0.0 or not math.isfinite(largest):
+        return 1.0, largest  # 0, inf or NaN: the sum itself
+    ratios = (x.double() / largest).abs_()
+    return largest, (torch.dot(ratios, ratios) if norm_type == 2.0 else ratios.pow_(norm_type).sum()).item()
+
+
+def combine(pairs: Iterable[tuple[float, float]], norm_type: float) -> float:
+    """The norm that the pieces make together; inf or NaN only if a piece is."""
+    pairs = list(pairs)
+    if any(math.isnan(scale) or math.isnan(total) for scale, total in pairs):
+        return math.nan
+    if norm_type == math.inf:
+        return max((scale for scale, _ in pairs), default=0.0)
+    top = max((scale for scale, total in pairs if total > 0), default=1.0)
+    total = math.fsum(total * (scale / top) ** norm_type for scale, total in pairs)
+    if norm_type == 2.0:
+        return top * math.sqrt(total)
+    return math.inf if total == math.inf else top * total ** (1.0 / norm_type)

@@ -1,0 +1,348 @@
+"""The Triton backend: builds the tables the kernels read, and launches measure, decide and apply.
+
+Per device: the clock, the partial sums, the scalars of the groups, the schedules' programs. Per bucket (leaves of one
+device, dtype and rule): the pointer table, the chunk table, the rows. A table travels to the device only when the host
+sees that it changed. On CPU tensors the same code runs in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..gather import in_order
+from ..rule import Rule
+from ..schedules.program import pack
+from ..state import Leaf
+from . import Executor, Knobs
+
+__all__ = ["TritonExecutor"]
+
+
+def _send(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """The array on the device. The pinned source may be let go at once: torch keeps it until the copy has passed."""
+    host = torch.from_numpy(array)
+    if device.type == "cpu":
+        return host.clone()
+    staged = torch.empty_like(host, pin_memory=True)
+    staged.copy_(host)
+    return staged.to(device, non_blocking=True)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _Sent:
+    """An array and its copy on the device, sent again only when it changed."""
+
+    __slots__ = ("_device", "_host", "tensor")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host: np.ndarray[Any, Any] | None = None
+        self.tensor: Tensor = torch.empty(0)
+
+    def update(self, array: np.ndarray[Any, Any]) -> Tensor:
+        if self._host is None or self._host.shape != array.shape or not np.array_equal(self._host, array, equal_nan=True):
+            self.tensor = _send(array, self._device)
+            self._host = array.copy()
+        return self.tensor
+
+
+class Bucket:
+    """Leaves of one device, dtype and rule: what one launch of each kernel treats."""
+
+    def __init__(self, leaves: list[Leaf], positions: list[int], rules: list[Rule]) -> None:
+        from fusedlr.kernels import launch
+
+        self.leaves = leaves
+        self.positions = positions
+        self.rule = rules[leaves[0].group]
+        self.device = leaves[0].device
+        self.dtype = leaves[0].dtype
+        self.chunk_size = launch.chunk_size_for(sum(leaf.numel for leaf in leaves))
+        counts = [-(-leaf.numel // self.chunk_size) for leaf in leaves]
+        self.n_chunks = sum(counts)
+        first = np.cumsum([0, *counts[:-1]])
+        self.first_partial = 0
+        order = np.repeat(np.arange(len(leaves)), counts)
+        within = np.arange(self.n_chunks) - first[order]
+        self._chunk_rows = np.stack([order, within], axis=1).astype(np.int32)
+        self.chunks = _send(self._chunk_rows, self.device)
+        self._firsts = first
+        self._counts = np.array(counts)
+        self._addresses = np.array([leaf.step.data_ptr() for leaf in leaves])  # type: ignore[union-attr]
+        self._segments = np.zeros((len(leaves), 3 + len(self.rule.slots)), dtype=np.int64)
+        for row, leaf in zip(self._segments, leaves, strict=True):
+            row[0] = leaf.ptr if leaf.flat is not None else 0
+            row[2] = leaf.numel
+            row[3:] = [slot.data_ptr() for slot in leaf.slots]
+        self._sent_segments = _Sent(self.device)
+        self._sent_scalars = _Sent(self.device)
+        self._sent_pointers = _Sent(self.device)
+        self._sent_tracks = _Sent(self.device)
+        self._sent_program = _Sent(self.device)
+        self._sent_table = _Sent(self.device)
+        self._programs: tuple[Any, Any] = (None, None)
+        fields = len(self.rule.hyper._fields)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide, device=self.device)
+        self.skip = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.values = torch.empty(0, dtype=torch.float64, device=self.device)
+        self.tensors = torch.empty(0)
+        self._norm = torch.empty((), device=self.device)
+        self._keep: Sequence[Tensor] = ()
+        self._kept_scalars: list[Tensor] = []
+        self._staged: list[tuple[Leaf, Tensor]] = []
+        self._ordered: Sequence[bool] = ()
+
+    def place(self, first_partial: int) -> None:
+        """Where this bucket's partials start among those of its device."""
+        self.first_partial = first_partial
+        table = np.stack(
+            [
+                np.array([leaf.group for leaf in self.leaves]),
+                self._addresses,
+                self._firsts + first_partial,
+                self._counts,
+            ],
+            axis=1,
+        ).astype(np.int64)
+        self.tensors = _send(table, self.device)
+
+    def layout(self, ordered: Sequence[bool]) -> None:
+        self._ordered = [ordered[i] for i in self.positions]
+
+    def gather(self, grads: Sequence[Tensor]) -> Tensor:
+        """The pointer table for these gradients; only those that lie in another order are copied."""
+        mine = [grads[i] for i in self.positions]
+        # Held until the next step: the kernels read them after this method returns.
+        self._keep = mine
+        if not all(self._ordered):
+            self._keep = mine = [
+                g if ordered else in_order(g, leaf)
+                for g, leaf, ordered in zip(mine, self.leaves, self._ordered, strict=True)
+            ]
+        self._segments[:, 1] = list(map(Tensor.data_ptr, mine))
+        # Parameters whose strides leave gaps are stepped in dense copies.
+        self._staged = [(leaf, in_order(leaf.param.detach(), leaf)) for leaf in self.leaves if leaf.flat is None]
+        copies = {id(leaf): copy for leaf, copy in self._staged}
+        for row, leaf in zip(self._segments, self.leaves, strict=True):
+            if leaf.flat is None:
+                row[0] = copies[id(leaf)].data_ptr()
+        return self._sent_segments.update(self._segments)
+
+    @property
+    def segments(self) -> Tensor:
+        """The pointer table on the device, as last gathered."""
+        return self._sent_segments.tensor
+
+    def norm_out(self, knobs: Knobs) -> Tensor:
+        """Where decide writes the norm: the optimizer's own buffer on its first device."""
+        if knobs.grad_norm is not None and knobs.grad_norm.device == self.device:
+            return knobs.grad_norm
+        return self._norm
+
+    def put_back(self) -> None:
+        """Write the dense copies back."""
+        for leaf, copy in self._staged:
+            leaf.param.copy_(copy.as_strided(leaf.shape, leaf.strides))
+        self._staged = []
+
+    def scalars(self, knobs: Knobs) -> tuple[Tensor, Tensor]:
+        """The groups' scalars, each group's sign behind them and the clip's numbers last; and the tensors among them."""
+        width = len(self.rule.scalars) + 1
+        values = np.zeros(len(knobs.scalars) * width + 3)
+        addresses = np.zeros(values.shape, dtype=np.int64)
+        self._kept_scalars = []
+        for g, scalars in enumerate(knobs.scalars):
+            for i, name in enumerate(self.rule.scalars):
+                value = scalars.get(name, 0.0)
+                if isinstance(value, Tensor) and value.device == self.device and self.device.type != "cpu":
+                    addresses[g * width + i] = self._address(value)
+                else:
+                    values[g * width + i] = float(value)
+            values[g * width + width - 1] = -1.0 if knobs.maximize[g] else 1.0
+        values[-3:] = knobs.clip_numbers
+        # A scheduled scalar is computed on the device; leaving it out here keeps the table from travelling each step.
+        for target, _ in self.tracks_of(knobs):
+            values[target] = 0.0
+        if self.values.numel() != values.size:
+            self.values = torch.empty(values.size, dtype=torch.float64, device=self.device)
+        return self._sent_scalars.update(values), self._sent_pointers.update(addresses)
+
+    def _address(self, value: Tensor) -> int:
+        if value.dtype not in (torch.float32, torch.float64):
+            value = value.double()
+        self._kept_scalars.append(value)
+        return value.data_ptr() | int(value.dtype == torch.float64)
+
+    def tracks_of(self, knobs: Knobs) -> list[tuple[int, Any]]:
+        """(place in the scalars, key of the program) of every scalar that a schedule drives in this step."""
+        width = len(self.rule.scalars) + 1
+        tracks = []
+        for g, scheduled in enumerate(knobs.schedules):
+            for s in scheduled:
+                if s.name in self.rule.scalars and not s.overridden():
+                    tracks.append((g * width + self.rule.scalars.index(s.name), (s.schedule, s.base)))
+        if knobs.max_norm_schedule is not None:
+            assert knobs.clip is not None
+            tracks.append((len(knobs.schedules) * width, (knobs.max_norm_schedule, knobs.clip.numbers[0])))
+        return tracks
+
+    def programs(self, knobs: Knobs) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The tracks, the rows and the table of values of the schedules, and the largest number of rows."""
+        tracks = self.tracks_of(knobs)
+        if self._programs[0] != tracks:
+            packed = pack([schedule.rows(base) for _, (schedule, base) in tracks])
+            targets = np.array([target for target, _ in tracks], dtype=np.int64)
+            table = np.stack([targets, packed.first, packed.count], axis=1) if tracks else np.zeros((0, 3), np.int64)
+            self._sent_tracks.update(np.ascontiguousarray(table, dtype=np.int64))
+            self._sent_program.update(np.ascontiguousarray(packed.rows, dtype=np.float64))
+            self._sent_table.update(np.ascontiguousarray(packed.values, dtype=np.float64))
+            self._programs = (tracks, int(packed.count.max()) if tracks else 0)
+        return self._sent_tracks.tensor, self._sent_program.tensor, self._sent_table.tensor, self._programs[1]
+
+
+def _waves(leaves: Sequence[Leaf]) -> list[int]:
+    """Which launch treats each leaf: the first, unless its parameter overlaps in memory with one of that launch.
+
+    Parameters that share memory are stepped one after the other, as torch.optim does; programs of one launch would race.
+    """
+    waves = [0] * len(leaves)
+    ends: dict[tuple[str, int], int] = {}
+    for i in sorted(range(len(leaves)), key=lambda i: (leaves[i].ptr, i)):
+        leaf = leaves[i]
+        extent = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.param.stride(), strict=True)) if leaf.numel else 0
+        while ends.get((str(leaf.device), waves[i]), 0) > leaf.ptr and leaf.numel:
+            waves[i] += 1
+        ends[str(leaf.device), waves[i]] = leaf.ptr + extent * leaf.dtype.itemsize
+    return waves
+
+
+class TritonExecutor(Executor):
+    """Steps tensors with the three kernels: at most three launches a bucket."""
+
+    def __init__(self, leaves: list[Leaf], positions: list[int] | None) -> None:
+        super().__init__(leaves, positions)
+        self._buckets: list[Bucket] = []
+        self._partials: dict[torch.device, Tensor] = {}
+        self._n_partials = 0
+        self._mode = 0
+
+    def prepare(self, rules: list[Rule]) -> None:
+        keys: dict[tuple[Any, ...], list[int]] = {}
+        for i, (leaf, wave) in enumerate(zip(self.leaves, _waves(self.leaves), strict=True)):
+            keys.setdefault((wave, str(leaf.device), leaf.dtype, rules[leaf.group].name), []).append(i)
+        self._buckets = [Bucket([self.leaves[i] for i in at], at, rules) for at in keys.values()]
+        for bucket in self._buckets:
+            bucket.place(self._n_partials)
+            self._n_partials += bucket.n_chunks
+        # NaN until measured: a partial that no program wrote would show.
+        self._partials = {
+            device: torch.full((2, max(1, self._n_partials)), float("nan"), dtype=torch.float64, device=device)
+            for device in dict.fromkeys(bucket.device for bucket in self._buckets)
+        }
+
+    def layout(self, ordered: Sequence[bool]) -> None:
+        for bucket in self._buckets:
+            bucket.layout(ordered)
+
+    def measure(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
+        from fusedlr.kernels import launch
+
+        self._mode = launch.mode_for(knobs.norm_type, [bucket.dtype for bucket in self._buckets])
+        for bucket in self._buckets:
+            segments = bucket.gather(grads)
+            if bucket.n_chunks:
+                # A narrow bucket beside a float64 one is measured the fast way too; its scales are 1.
+                mode = launch.mode_for(knobs.norm_type, [bucket.dtype])
+                with _on(bucket.device):
+                    launch.launch_measure(
+                        bucket.n_chunks,
+                        segments,
+                        bucket.chunks,
+                        self._partials[bucket.device],
+                        bucket.first_partial,
+                        bucket.chunk_size,
+                        knobs.norm_type,
+                        bucket.dtype,
+                        mode,
+                    )
+        for bucket in self._buckets:  # every device decides by itself, from the partials of all
+            for device, partials in self._partials.items():
+                if device != bucket.device:
+                    span = slice(bucket.first_partial, bucket.first_partial + bucket.n_chunks)
+                    partials[:, span].copy_(self._partials[bucket.device][:, span], non_blocking=True)
+
+    def decide(self, knobs: Knobs) -> bool:
+        from fusedlr.kernels import launch
+
+        last = {bucket.device: bucket for bucket in self._buckets}
+        for bucket in self._buckets:
+            scalars, addresses = bucket.scalars(knobs)
+            tracks, program, table, max_rows = bucket.programs(knobs)
+            norm = bucket.norm_out(knobs)
+            with _on(bucket.device):
+                launch.launch_decide(
+                    self._partials[bucket.device],
+                    self._n_partials,
+                    knobs.norm_type,
+                    bucket.tensors,
+                    scalars,
+                    addresses,
+                    bucket.values,
+                    tracks,
+                    program,
+                    table,
+                    max_rows,
+                    knobs.clock(bucket.device),
+                    int(knobs.advance),
+                    bucket.rows,
+                    norm,
+                    bucket.skip,
+                    row_name=bucket.rule.row.__name__,
+                    factor_name=getattr(knobs.clip.factor, "__name__", "no_factor") if knobs.clip else "no_factor",
+                    scope=knobs.scope,
+                    mode=self._mode,
+                    guard=knobs.nonfinite != "propagate",
+                    count=knobs.nonfinite == "skip",
+                    last=last[bucket.device] is bucket,
+                    n_row_scalars=len(bucket.rule.scalars),
+                    dtype=bucket.dtype,
+                )
+        if knobs.nonfinite == "raise" and int(self._buckets[0].skip):  # to raise is to wait for the device
+            raise FloatingPointError("the gradients hold an inf or NaN, and nonfinite='raise'; nothing was changed")
+        on_host = all(bucket.device.type == "cpu" for bucket in self._buckets)
+        return knobs.nonfinite == "skip" and on_host and bool(self._buckets[0].skip)
+
+    def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
+        from fusedlr.kernels import launch
+
+        for bucket in self._buckets:
+            segments = bucket.segments if knobs.measures else bucket.gather(grads)
+            if not bucket.n_chunks:
+                continue
+            with _on(bucket.device):
+                launch.launch_apply(
+                    bucket.n_chunks,
+                    segments,
+                    bucket.chunks,
+                    bucket.rows,
+                    bucket.skip,
+                    bucket.chunk_size,
+                    rule_name=bucket.rule.name,
+                    hyper_name=bucket.rule.hyper.__name__,
+                    clamp=knobs.clip_numbers[2] != float("inf"),
+                    dtype=bucket.dtype,
+                    grad_dtype=bucket.dtype,
+                    state_dtypes=[slot.dtype for slot in bucket.leaves[0].slots],
+                )
+            bucket.put_back()

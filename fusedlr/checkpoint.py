@@ -1,0 +1,144 @@
+"""Checkpoints: what state_dict() adds to torch's, how it comes back, and how an optimizer is copied and pickled.
+
+torch's distributed checkpoints keep nothing but ``state`` and ``param_groups``, and rebuild a group from the keys the
+live group has. So fusedlr's own data, all of it plain, lives in every group under the key ``fusedlr``: the clock ``t``,
+the skipped steps, and the marks of what fusedlr wrote. Schedules and clipping come from the code that builds the
+optimizer, not from a checkpoint, which holds their ``repr`` for the reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .groups import GROUP_KEY
+from .state import adopt, check_entry, ensure_state, entry_views
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+__all__ = ["check", "own_state", "restore", "revive", "save", "take_own_state"]
+
+_CODE_KEYS = ("schedule", "clip", "norm_group")
+_OWN = "_fusedlr"
+
+
+def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
+    """(t, skipped steps); where steps may have been skipped on a device, this waits for it."""
+    if optimizer._nonfinite != "skip" or not optimizer._clocks:
+        return optimizer._t, optimizer._skipped_before
+    t, skipped = next(iter(optimizer._clocks.values())).tolist()
+    optimizer._t = t
+    return t, skipped
+
+
+def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """torch's state_dict with fusedlr's data as plain data."""
+    t, skipped = sync_clock(optimizer)
+    for group in state_dict["param_groups"]:
+        marks = group[GROUP_KEY]
+        group[GROUP_KEY] = {
+            "t": t,
+            "skipped_steps": skipped,
+            "base": dict(marks["base"]),
+            "written": dict(marks["written"]),
+        }
+        for key in _CODE_KEYS:
+            group[key] = None if group[key] is None else repr(group[key])
+    return state_dict
+
+
+def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a checkpoint cannot be loaded, before anything is changed."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"a state_dict needs the keys 'state' and 'param_groups', but got {sorted(state_dict)}")
+    saved = [p for group in state_dict["param_groups"] for p in group["params"]]
+    for key, leaf in zip(saved, optimizer._leaves, strict=False):
+        rule = optimizer._rule(optimizer.param_groups[leaf.group])
+        if key in state_dict["state"]:
+            check_entry(leaf, state_dict["state"][key], rule)
+
+
+def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]]) -> None:
+    """After torch's load_state_dict: own keys back, the clock, and the loaded state into the flat buffers."""
+    saved: Mapping[str, Any] = {}
+    for group, before in zip(optimizer.param_groups, groups_before, strict=True):
+        for key, value in before.items():
+            if key in _CODE_KEYS or key not in group:
+                # A checkpoint of torch.optim has none of fusedlr's keys; it has an initial_lr only under a scheduler.
+                group[key] = value
+        marks = group[GROUP_KEY]
+        if "t" in marks:
+            saved = marks
+        group[GROUP_KEY] = {"base": dict(marks["base"]), "written": dict(marks["written"])}
+        if marks is before[GROUP_KEY] and "lr" in group[GROUP_KEY]["written"]:
+            # torch's checkpoint: its lr is the last one it used, not somebody's override.
+            group[GROUP_KEY]["written"]["lr"] = float(group["lr"])
+    _take_in(optimizer)
+    optimizer._t = int(saved["t"]) if "t" in saved else _largest_step(optimizer)
+    optimizer._skipped_before = int(saved.get("skipped_steps", 0))
+    for clock in optimizer._clocks.values():
+        clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
+    optimizer._bind_groups()
+
+
+def _take_in(optimizer: FusedOptimizer) -> None:
+    """Copy loaded state into the banks, which keep their addresses where they exist."""
+    rules = [optimizer._rule(group) for group in optimizer.param_groups]
+    new = []
+    for leaf in optimizer._leaves:
+        entry = optimizer.state.get(leaf.param) or {}
+        if leaf.fits(rules[leaf.group]) and entry:
+            adopt(leaf, entry)
+            optimizer.state[leaf.param] = {**entry, **entry_views(leaf)}
+        else:
+            leaf.bank, leaf.slots, leaf.step = None, (), None
+            if entry:
+                new.append(leaf)
+            else:
+                optimizer.state.pop(leaf.param, None)
+    ensure_state(new, rules, optimizer.state)
+    optimizer._plan = None
+    optimizer._watch_state()
+
+
+def _largest_step(optimizer: FusedOptimizer) -> int:
+    return max((int(leaf.step.item()) for leaf in optimizer._leaves if leaf.step is not None), default=0)
+
+
+def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
+    """What copying and pickling must keep beside torch's defaults, state and param groups."""
+    t, skipped = sync_clock(optimizer)
+    own = {
+        "clip": optimizer._clip,
+        "nonfinite": optimizer._nonfinite,
+        "flatten": optimizer._flatten,
+        "backend": optimizer._backend,
+        "t": t,
+        "skipped": skipped,
+        "last_lr": [lr.clone() if isinstance(lr, Tensor) else lr for lr in optimizer._last_lr],
+    }
+    return {_OWN: own}
+
+
+def take_own_state(state: dict[str, Any]) -> dict[str, Any] | None:
+    """Take what ``own_state`` made out of a pickled dict; None where torch's load_state_dict calls."""
+    own: dict[str, Any] | None = state.pop(_OWN, None)
+    return own
+
+
+def revive(optimizer: FusedOptimizer, own: Mapping[str, Any]) -> None:
+    """Rebuild a copied or unpickled optimizer around its own parameters."""
+    optimizer._clip = own["clip"]
+    optimizer._nonfinite = own["nonfinite"]
+    optimizer._flatten = own["flatten"]
+    optimizer._backend = own["backend"]
+    optimizer._reset()
+    optimizer._t = own["t"]
+    optimizer._skipped_before = own["skipped"]
+    optimizer._last_lr = own["last_lr"]
+    optimizer._register()
+    _take_in(optimizer)

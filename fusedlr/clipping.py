@@ -1,0 +1,225 @@
+"""Gradient clipping: specifications, and the reference of what each does to a gradient.
+
+A strategy says which norm it needs (``norm_type`` and ``scope``) and turns it into the factor that multiplies the
+gradient; ``Value`` needs no norm and bounds each element instead. The factor has a twin of the same name in
+``kernels/clipping.py``. Gradients are never written: the factor is applied where the update reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+__all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip"]
+
+
+def clip_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
+    """min(1, max_norm/(norm + eps)) for a float or a tensor; a NaN norm gives NaN, as in torch's clip_grad_norm_."""
+    factor = max_norm / (norm + eps)
+    if isinstance(factor, Tensor):
+        return torch.clamp(factor, max=1.0)
+    return 1.0 if factor >= 1.0 else factor
+
+
+def normalize_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
+    """1/(norm + eps) for a float or a tensor; ``max_norm`` is not used."""
+    return 1.0 / (norm + eps)
+
+
+@dataclass(frozen=True)
+class Clip(ABC):
+    """What all clipping strategies have; use one of the classes below."""
+
+    scope: ClassVar[str | None] = None  # "global", "tensor", or None where no norm is measured
+    factor: ClassVar[Callable[[Any, Any, Any], Any] | None] = None
+
+    @property
+    @abstractmethod
+    def numbers(self) -> tuple[float, float, float]:
+        """(max_norm, eps, limit): what the strategy brings to the device; ``limit`` is inf where none is."""
+
+
+def _positive(name: str, value: Any, *, allow_inf: bool = False, allow_zero: bool = False) -> float:
+    """The value as a float, or a ValueError that names it and the range."""
+    bounds = f"{'>= 0' if allow_zero else '> 0'}{'' if allow_inf else ' and finite'}"
+    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number {bounds}, but got {value!r}")
+    number = float(value)
+    inside = number >= 0 if allow_zero else number > 0
+    if not inside or (math.isinf(number) and not allow_inf):
+        raise ValueError(f"{name} must be {bounds}, but got {value!r}; use clip=None for no clipping")
+    return number
+
+
+def _norm_type(value: Any) -> float:
+    if isinstance(value, str) and value == "inf":
+        return math.inf
+    return _positive("norm_type", value, allow_inf=True)
+
+
+@final
+@dataclass(frozen=True)
+class GlobalNorm(Clip):
+    r"""Scale all gradients by one factor so that their joint norm is at most ``max_norm``.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{M}{G + \epsilon}\right), \qquad
+        G = \Big(\sum_i |g_i|^p\Big)^{1/p}
+
+    Args:
+        max_norm: the threshold M, > 0.
+        norm_type: p, > 0; ``inf`` (or "inf") for the largest magnitude.
+        eps: added to G, >= 0.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    This is :func:`torch.nn.utils.clip_grad_norm_`, after Pascanu et al., "On the difficulty of training recurrent
+    neural networks" (2013); the norm is accumulated in float32 or wider whatever the dtype of the gradients.
+    optax and llm.c leave out eps.
+
+    Example:
+        >>> from fusedlr.clipping import GlobalNorm
+        >>> GlobalNorm(1.0)
+        GlobalNorm(max_norm=1.0, norm_type=2.0, eps=1e-06)
+    """
+
+    max_norm: float
+    norm_type: float = 2.0
+    eps: float = 1e-6
+    scope: ClassVar[str | None] = "global"
+    factor: ClassVar[Callable[[Any, Any, Any], Any] | None] = staticmethod(clip_factor)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_norm", _positive("max_norm", self.max_norm, allow_inf=True))
+        object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
+        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return self.max_norm, self.eps, math.inf
+
+
+@final
+@dataclass(frozen=True)
+class TensorNorm(Clip):
+    r"""Scale each tensor's gradient so that its own norm is at most ``max_norm``.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{M}{n + \epsilon}\right), \qquad
+        n = \Big(\sum_{i \in \text{tensor}} |g_i|^p\Big)^{1/p}
+
+    Args:
+        max_norm: the threshold M, > 0.
+        norm_type: p, > 0; ``inf`` (or "inf") for the largest magnitude.
+        eps: added to n, >= 0.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    Keras calls it ``clipnorm`` (there without eps).
+
+    Example:
+        >>> from fusedlr.clipping import TensorNorm
+        >>> TensorNorm(0.5).max_norm
+        0.5
+    """
+
+    max_norm: float
+    norm_type: float = 2.0
+    eps: float = 1e-6
+    scope: ClassVar[str | None] = "tensor"
+    factor: ClassVar[Callable[[Any, Any, Any], Any] | None] = staticmethod(clip_factor)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_norm", _positive("max_norm", self.max_norm, allow_inf=True))
+        object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
+        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return self.max_norm, self.eps, math.inf
+
+
+@final
+@dataclass(frozen=True)
+class Value(Clip):
+    r"""Bound every element of the gradients.
+
+    .. math:: g \leftarrow \min(\max(g, -v), v)
+
+    Args:
+        limit: the bound v, > 0.
+
+    Raises:
+        ValueError: for a limit that is not > 0.
+
+    This is :func:`torch.nn.utils.clip_grad_value_`. It measures no norm; a NaN stays NaN.
+
+    Example:
+        >>> from fusedlr.clipping import Value
+        >>> Value(0.5)
+        Value(limit=0.5)
+    """
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", _positive("limit", self.limit, allow_inf=True))
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return math.inf, 0.0, self.limit
+
+
+@final
+@dataclass(frozen=True)
+class Normalize(Clip):
+    r"""Divide the gradients by their norm, each tensor by its own or all by the global one.
+
+    .. math:: g \leftarrow \frac{g}{n + \epsilon} \quad\text{or}\quad g \leftarrow \frac{g}{G + \epsilon}
+
+    Args:
+        scope: "tensor" or "global".
+        eps: added to the (Euclidean) norm, >= 0.
+
+    Raises:
+        ValueError: for another scope or a negative eps.
+
+    optax calls it ``normalize_by_update_norm``.
+
+    Example:
+        >>> from fusedlr.clipping import Normalize
+        >>> Normalize("global")
+        Normalize(scope='global', eps=1e-06)
+    """
+
+    scope: str = "tensor"  # type: ignore[misc]  # a field here, a constant in the others
+    eps: float = 1e-6
+    norm_type: float = field(default=2.0, init=False, repr=False)
+    factor: ClassVar[Callable[[Any, Any, Any], Any] | None] = staticmethod(normalize_factor)
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("tensor", "global"):
+            raise ValueError(f"scope must be 'tensor' or 'global', but got {self.scope!r}")
+        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return math.inf, self.eps, math.inf
+
+
+def as_clip(clip: Clip | float | None) -> Clip | None:
+    """The strategy meant by the argument ``clip``: a number M stands for ``GlobalNorm(M)``."""
+    if clip is None or isinstance(clip, Clip):
+        return clip
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+        raise TypeError(
+            f"clip must be a strategy of fusedlr.clipping, a number > 0 or None, but got {clip!r} "
+            f"({type(clip).__name__}); pass for example clip=fusedlr.clipping.GlobalNorm(1.0)"
+        )
+    return GlobalNorm(_positive("clip", clip, allow_inf=True))

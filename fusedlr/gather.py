@@ -1,0 +1,100 @@
+"""Gather: which parameters have gradients in this step, how those lie, and whether all of it is fit to be stepped.
+
+A *plan* is what stays the same while the same parameters have gradients and nothing moved; a step that finds its plan
+still true costs a few list comparisons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .rule import Rule
+from .state import Leaf
+
+if TYPE_CHECKING:
+    from .backends import Executor
+
+__all__ = ["Plan", "check_gradients"]
+
+_dtype = attrgetter("dtype")
+
+
+class Plan:
+    """The active leaves, and the executors that step them."""
+
+    __slots__ = ("_dtypes", "_numels", "_strides", "active", "executors", "leaves", "ptrs", "rules")
+
+    def __init__(
+        self, leaves: list[Leaf], rules: list[Rule], active: list[bool], ptrs: list[int], executors: list[Executor]
+    ) -> None:
+        self.leaves = leaves
+        self.rules = rules
+        self.active = active
+        self.ptrs = ptrs
+        self.executors = executors
+        self._dtypes = [leaf.dtype for leaf in leaves]
+        self._numels = [leaf.numel for leaf in leaves]
+        self._strides: list[tuple[int, ...]] = []
+
+    def same_layout(self, grads: list[Tensor]) -> bool:
+        """Whether the gradients lie as they did when they were last checked (equal strides and sizes: equal shapes)."""
+        try:
+            return (
+                list(map(Tensor.stride, grads)) == self._strides
+                and list(map(Tensor.numel, grads)) == self._numels
+                and list(map(_dtype, grads)) == self._dtypes
+            )
+        except RuntimeError:  # sparse gradients have no strides
+            return False
+
+    def layout(self, grads: list[Tensor]) -> None:
+        """Check the gradients one by one, and tell the executors which lie in their parameter's order."""
+        check_gradients(self.leaves, grads)
+        self._strides = [g.stride() for g in grads]
+        ordered = [lies_like(g, leaf) for g, leaf in zip(grads, self.leaves, strict=True)]
+        for executor in self.executors:
+            executor.layout(executor.part(ordered))
+
+
+def lies_like(g: Tensor, leaf: Leaf) -> bool:
+    """Whether the elements of a gradient lie in memory as those of its parameter's state do."""
+    if g.stride() == leaf.strides:
+        return True
+    # The stride of a dimension of size 1 says nothing.
+    return all(n == 1 or s == t for n, s, t in zip(leaf.shape, g.stride(), leaf.strides, strict=True))
+
+
+def in_order(g: Tensor, leaf: Leaf) -> Tensor:
+    """The elements of a gradient as one dimension in its parameter's order, copied only where they lie otherwise."""
+    if not lies_like(g, leaf):
+        g = torch.empty_strided(leaf.shape, leaf.strides, dtype=g.dtype, device=g.device).copy_(g)
+    return g.as_strided((leaf.numel,), (1,))
+
+
+def check_gradients(leaves: Sequence[Leaf], grads: Sequence[Any]) -> None:
+    """Raise an error that says which gradient is not what its parameter needs."""
+    for leaf, g in zip(leaves, grads, strict=True):
+        where = f"the gradient of parameter {leaf.index} (shape {tuple(leaf.shape)}, {leaf.dtype}, {leaf.device})"
+        if g.layout != torch.strided:
+            raise RuntimeError(
+                f"{where} is sparse ({g.layout}), and sparse gradients are not supported; "
+                "use sparse=False in the embedding, or torch.optim.SparseAdam or torch.optim.SGD for this parameter"
+            )
+        if leaf.param.dtype.is_complex or not leaf.param.dtype.is_floating_point:
+            raise ValueError(f"{where}: only real floating-point parameters can be stepped")
+        if g.shape != leaf.shape:
+            raise ValueError(f"{where} has shape {tuple(g.shape)}; a gradient must have the shape of its parameter")
+        if g.dtype != leaf.dtype:
+            raise ValueError(f"{where} has dtype {g.dtype}; cast the gradient to the dtype of its parameter")
+        if g.device != leaf.device:
+            raise ValueError(f"{where} lies on {g.device}; move the gradient to the device of its parameter")
+        if type(leaf.param.data) is not Tensor:
+            raise ValueError(
+                f"parameter {leaf.index} is a {type(leaf.param.data).__name__}, but only plain tensors can be stepped; "
+                "use torch.optim for tensor subclasses such as DTensor"
+            )

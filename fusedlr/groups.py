@@ -1,0 +1,117 @@
+"""The hyper-parameters of the param groups: reading them, scheduling them, and respecting outside writes.
+
+A scheduled scalar has three values: its *base* (``initial_lr`` for the lr), what fusedlr last *wrote* into the group,
+and what stands there now. Where the last two differ somebody else wrote: that value rules until it is set back.
+The marks are kept as plain data in ``group["fusedlr"]``, so that they travel with every kind of checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .clipping import Clip
+from .schedules import Schedule
+
+__all__ = ["GROUP_KEY", "ScheduleArg", "Scheduled", "as_schedules", "read", "scheduled_scalars", "write"]
+
+GROUP_KEY = "fusedlr"
+ScheduleArg = Schedule | Mapping[str, Schedule] | None
+
+_BETAS = {"beta1": 0, "beta2": 1}
+
+
+def read(group: Mapping[str, Any], name: str) -> Any:
+    """A scalar of a group: a number, or a tensor where the user gave one."""
+    value = group["betas"][_BETAS[name]] if name in _BETAS else group[name]
+    return float(value) if isinstance(value, bool) else value
+
+
+def write(group: dict[str, Any], name: str, value: float) -> None:
+    """Set a scalar of a group; a tensor is filled in place, as torch's schedulers do."""
+    if name in _BETAS:
+        betas = list(group["betas"])
+        betas[_BETAS[name]] = value
+        group["betas"] = tuple(betas)
+    elif isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
+
+
+def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> dict[str, Schedule]:
+    """The argument ``schedule`` as a dict by scalar; errors name what can be scheduled."""
+    if schedule is None:
+        return {}
+    if isinstance(schedule, Schedule):
+        return {"lr": schedule}
+    if not isinstance(schedule, Mapping):
+        raise TypeError(
+            f"schedule must be a schedule of fusedlr.schedules, a dict of them or None, but got {schedule!r} "
+            f"({type(schedule).__name__}); pass for example schedule=fusedlr.schedules.Cosine(1000)"
+        )
+    for name, value in schedule.items():
+        if name not in (*names, "max_norm"):
+            raise ValueError(f"schedule has the unknown scalar {name!r}; expected one of {sorted({*names, 'max_norm'})}")
+        if not isinstance(value, Schedule):
+            raise TypeError(
+                f"schedule[{name!r}] must be a schedule of fusedlr.schedules, but got {value!r} ({type(value).__name__})"
+            )
+    if "max_norm" in schedule and not hasattr(clip, "max_norm"):
+        raise ValueError(f"schedule['max_norm'] needs a clip with a max_norm, such as clip=1.0, but clip is {clip!r}")
+    return dict(schedule)
+
+
+class Scheduled:
+    """One scheduled scalar of one group."""
+
+    __slots__ = ("_version", "group", "name", "schedule")
+
+    def __init__(self, group: dict[str, Any], name: str, schedule: Schedule) -> None:
+        self.group = group
+        self.name = name
+        self.schedule = schedule
+        self._version: int | None = None
+        value = read(group, name)
+        marks = group[GROUP_KEY]
+        if name == "lr":
+            group.setdefault("initial_lr", float(value))
+        else:
+            marks["base"].setdefault(name, float(value))
+        marks["written"].setdefault(name, float(value))
+        # A tensor rounds what is written into it, so it is compared with the mark in its own dtype.
+        if isinstance(value, Tensor) and value.item() == value.new_tensor(marks["written"][name]).item():
+            self._version = value._version
+        self.at(0)  # a base below the schedule's minimum is an error now, not at the first step
+
+    @property
+    def base(self) -> float:
+        """The value the schedule starts from."""
+        value = self.group["initial_lr"] if self.name == "lr" else self.group[GROUP_KEY]["base"][self.name]
+        return float(value)
+
+    def overridden(self) -> bool:
+        """Whether somebody else wrote the scalar since fusedlr did."""
+        value = read(self.group, self.name)
+        if isinstance(value, Tensor):  # its version counts the writes, without waiting for a device
+            return value._version != self._version
+        return bool(value != self.group[GROUP_KEY]["written"][self.name])
+
+    def at(self, t: int) -> float:
+        """The scheduled value at step t."""
+        return self.schedule(t, self.base)
+
+    def show(self, value: float) -> None:
+        """Write the value that a step used into the group."""
+        write(self.group, self.name, value)
+        self.group[GROUP_KEY]["written"][self.name] = value
+        current = read(self.group, self.name)
+        if isinstance(current, Tensor):
+            self._version = current._version
+
+
+def scheduled_scalars(group: dict[str, Any], schedules: Mapping[str, Schedule]) -> list[Scheduled]:
+    """The scheduled scalars of a group (``max_norm`` belongs to the clip, not to a group)."""
+    return [Scheduled(group, name, s) for name, s in schedules.items() if name != "max_norm"]

@@ -1,0 +1,1 @@
+"""What other frameworks want to see: the LRScheduler facade."""

@@ -1,0 +1,435 @@
+"""FusedOptimizer: what every optimizer of fusedlr shares. A step gathers, and hands the rest to a backend's three verbs."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .backends import Backend, Executor, Knobs, choose_backend, executors_for
+from .clipping import Clip, as_clip
+from .flat import rehome
+from .gather import Plan, check_gradients
+from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, read, scheduled_scalars
+from .rule import Rule
+from .state import Bank, Leaf, adopt, check_entry, ensure_state, entry_views
+
+if TYPE_CHECKING:
+    from .integrations.lr_scheduler import FusedLRScheduler
+
+__all__ = ["FusedOptimizer", "ParamsT", "ScheduleArg"]
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+_NONFINITE = ("propagate", "skip", "raise")
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers: param groups, schedules, clipping, flat state and the step.
+
+    A subclass names the class of torch.optim whose arguments and validation it has (``_namesake``) and the rule of a
+    param group (``_rule``).
+    """
+
+    _namesake: ClassVar[type[torch.optim.Optimizer]]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        schedule: ScheduleArg,
+        clip: Clip | float | None,
+        nonfinite: str,
+        precision: None,
+        flatten: bool,
+        backend: str,
+        norm_group: None,
+    ) -> None:
+        if defaults.get("differentiable"):
+            raise ValueError("differentiable=True is not possible here: the fused step is not recorded by autograd; "
+                             "use the optimizer of the same name in torch.optim")  # fmt: skip
+        if nonfinite not in _NONFINITE:
+            raise ValueError(f"nonfinite must be one of {_NONFINITE}, but got {nonfinite!r}")
+        for name, value in (("precision", precision), ("norm_group", norm_group)):
+            if value is not None:
+                raise ValueError(f"{name} must be None in this version of fusedlr, but got {value!r}")
+        self._clip = as_clip(clip)
+        self._nonfinite = nonfinite
+        self._flatten = bool(flatten)
+        self._backend: Backend = choose_backend(backend)
+        self._reset()
+        defaults = {**self._validated(defaults), "schedule": schedule, "clip": self._clip, "norm_group": None}
+        super().__init__(params, defaults)
+        self._register()
+
+    def _reset(self) -> None:
+        """The attributes of an optimizer that has taken no step."""
+        self._t = 0
+        self._leaves: list[Leaf] = []
+        self._params: list[Tensor] = []
+        self._schedules: list[list[Scheduled]] = []
+        self._max_norm_schedule: Any = None
+        self._rules: list[Rule] = []
+        self._plan: Plan | None = None
+        self._watch: tuple[list[Any], list[Any]] = ([], [])
+        self._grad_norm: Tensor | None = None
+        self._clocks: dict[torch.device, Tensor] = {}
+        self._skipped_before = 0
+        self._last_lr: list[Any] = []
+
+    @abstractmethod
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        """The rule that a param group's flags ask for."""
+
+    @classmethod
+    def _validated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """torch's own defaults for these arguments: its constructor raises exactly what torch.optim raises."""
+        accepted = inspect.signature(cls._namesake).parameters
+        oracle = cls._namesake([torch.zeros(1)], **{k: v for k, v in values.items() if k in accepted})
+        return dict(oracle.defaults)
+
+    # ---- what a user reads -------------------------------------------------------------------------------------
+
+    @property
+    def clip(self) -> Clip | None:
+        """The clipping strategy, or None."""
+        return self._clip
+
+    @property
+    def last_lr(self) -> list[float]:
+        """The lr of the last step, one float a param group, from the host's own evaluation (no wait for a device)."""
+        return [float(lr) for lr in self._last_lr or (group["lr"] for group in self.param_groups)]
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The global norm before clipping of the last step: a 0-dim float32 device tensor that each step rewrites.
+
+        None for strategies that measure no norm and without clipping; NaN before the first step.
+        """
+        if self._clip is None or self._clip.scope is None:
+            return None
+        if self._grad_norm is None:
+            self._grad_norm = torch.full((), float("nan"), device=self._device())
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps ``nonfinite="skip"`` has skipped: a 0-dim int64 device tensor."""
+        return self._clock(self._device())[1]
+
+    @property
+    def steps_taken(self) -> int:
+        """The clock t, as far as the host knows: steps taken, those skipped not counted."""
+        return self._t
+
+    def _device(self) -> torch.device:
+        return next((leaf.device for leaf in self._leaves), torch.device("cpu"))
+
+    def lr_scheduler(self) -> FusedLRScheduler:
+        """A ``torch.optim.lr_scheduler.LRScheduler`` for frameworks that insist on one; its ``step()`` only counts."""
+        from .integrations.lr_scheduler import FusedLRScheduler
+
+        return FusedLRScheduler(self)
+
+    def next_lr(self) -> list[float]:
+        """The lr that the next step will use, one float a param group."""
+        return [float(values["lr"]) for values in self._scalars()]
+
+    def __repr__(self) -> str:
+        head, _, rest = super().__repr__().partition("\n")
+        where = self._backend.explain(sorted({leaf.device.type for leaf in self._leaves}))
+        return f"{head}\nbackend: {where}; clip: {self._clip}; nonfinite: {self._nonfinite}\n{rest}"
+
+    # ---- registration ------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group; it may have its own hyper-parameters and ``schedule``, and shares the clock.
+
+        Raises:
+            ValueError: for a hyper-parameter outside its range, a complex parameter, or a ``clip`` of its own.
+        """
+        if isinstance(param_group, dict):
+            self._check_group(param_group)
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._prepare_group(group)
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+        if self._leaves:
+            self._register()
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        clip = as_clip(group.get("clip", self._clip))
+        if clip != self._clip:
+            raise ValueError(
+                f"a param group has clip={clip!r}, but the optimizer has clip={self._clip!r}: clipping is one for the "
+                "optimizer; pass clip to the constructor only"
+            )
+        if group.get("norm_group") is not None:
+            raise ValueError(f"norm_group must be None in this version of fusedlr, but got {group['norm_group']!r}")
+        if group.get("differentiable"):
+            raise ValueError("differentiable=True is not possible here; use the optimizer of torch.optim")
+        given = {k: v for k, v in {**self.defaults, **group}.items() if k in self.defaults}
+        self._validated(given)
+
+    def _prepare_group(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError(
+                    f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
+                    "use torch.view_as_real(parameter), or torch.optim for it"
+                )
+        group["clip"] = self._clip
+        marks = group.setdefault(GROUP_KEY, {})
+        marks.setdefault("base", {})
+        marks.setdefault("written", {})
+        schedules = as_schedules(group["schedule"], (*self._rule(group).scalars,), self._clip)
+        scheduled_scalars(group, schedules)
+
+    def _register(self) -> None:
+        """Take note of all parameters; move into flat buffers those that are new and can be moved."""
+        known = {id(leaf.param): leaf for leaf in self._leaves}
+        params = [p for group in self.param_groups for p in group["params"]]
+        homes = rehome(p for p in params if id(p) not in known) if self._flatten else {}
+        leaves = []
+        for g, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                leaf = known.get(id(p)) or Leaf(p, 0, g, homes.get(id(p)))
+                leaf.index, leaf.group = len(leaves), g
+                leaves.append(leaf)
+        self._leaves = leaves
+        self._params = params
+        self._plan = None
+        self._bind_groups()
+
+    def _bind_groups(self) -> None:
+        """Bind the schedules to the group dicts, which loading a checkpoint replaces."""
+        self._schedules = []
+        self._max_norm_schedule = None
+        for group in self.param_groups:
+            schedules = as_schedules(group["schedule"], self._rule(group).scalars, self._clip)
+            self._max_norm_schedule = self._max_norm_schedule or schedules.get("max_norm")
+            self._schedules.append(scheduled_scalars(group, schedules))
+
+    # ---- the step ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step: norm, clip, lr and update, without waiting for a device.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in torch.optim.
+
+        Raises:
+            ValueError: for a gradient that does not fit its parameter; nothing has changed then.
+            FloatingPointError: with ``nonfinite="raise"``, for an inf or NaN; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan, grads, banks = self._gather()
+        if not grads:
+            return loss
+        scalars = self._scalars()
+        knobs = Knobs(
+            scalars=scalars,
+            maximize=[bool(group["maximize"]) for group in self.param_groups],
+            schedules=self._schedules,
+            max_norm_schedule=self._max_norm_schedule,
+            t=self._t,
+            clip=self._clip,
+            clip_numbers=self._clip_numbers(),
+            nonfinite=self._nonfinite,
+            advance=not self._is_hidden_step(banks),
+            grad_norm=self.last_grad_norm,
+            clock=self._clock,
+        )
+        try:
+            skipped = _run(plan, grads, knobs)
+        except FloatingPointError:
+            for bank in banks:
+                bank.move_out(self.state)
+            self._plan = None
+            raise
+        if not skipped:
+            self._show(scalars)
+            self._t += knobs.advance
+        return loss
+
+    def _gather(self) -> tuple[Plan, list[Tensor], list[Bank]]:
+        """The active parameters, their gradients, and state for all of them; everything that can fail fails here."""
+        params = self._params
+        registered = chain.from_iterable(group["params"] for group in self.param_groups)
+        if sum(len(group["params"]) for group in self.param_groups) != len(params) or not all(map(is_, registered, params)):
+            self._register()
+            params = self._params
+        rules = [self._rule(group) for group in self.param_groups]
+        grads: list[Tensor | None] = [p.grad for p in params]
+        active = [g is not None for g in grads]
+        present: list[Tensor] = grads if all(active) else [g for g in grads if g is not None]  # type: ignore[assignment]
+        ptrs = list(map(Tensor.data_ptr, params))
+        plan = self._plan
+        if plan is None or plan.active != active or plan.ptrs != ptrs or rules != self._rules or self._state_replaced():
+            return self._replan(rules, active, ptrs, present)
+        if not plan.same_layout(present):
+            plan.layout(present)
+        return plan, present, []
+
+    def _replan(
+        self, rules: list[Rule], active: list[bool], ptrs: list[int], grads: list[Tensor]
+    ) -> tuple[Plan, list[Tensor], list[Bank]]:
+        self._plan = None
+        for leaf, ptr in zip(self._leaves, ptrs, strict=True):
+            if leaf.ptr != ptr or leaf.param.device != leaf.device or leaf.param.dtype != leaf.dtype:
+                leaf.locate()
+        leaves = [leaf for leaf, is_active in zip(self._leaves, active, strict=True) if is_active]
+        check_gradients(leaves, grads)
+        executors = executors_for(self._backend, leaves)
+        self._check_one_executor(executors)
+        self._adopt_replaced(rules)
+        banks = ensure_state(leaves, rules, self.state)
+        plan = Plan(leaves, rules, active, ptrs, executors)
+        for executor in executors:
+            executor.prepare(rules)
+        plan.layout(grads)
+        self._rules = rules
+        self._plan = plan
+        self._watch_state()
+        return plan, grads, banks
+
+    def _check_one_executor(self, executors: list[Executor]) -> None:
+        needs_all = self._nonfinite != "propagate" or (self._clip is not None and self._clip.scope is not None)
+        if len(executors) > 1 and needs_all:
+            raise ValueError(
+                "clip and nonfinite need all gradients on one kind of device: a norm over both the CPU and a GPU would "
+                "have to wait for the GPU in every step; use one optimizer for the CPU's parameters and one for the GPU's"
+            )
+
+    def _clock(self, device: torch.device) -> Tensor:
+        """The int64 tensor (t, skipped steps) of a device."""
+        if device not in self._clocks:
+            self._clocks[device] = torch.tensor([self._t, self._skipped_before], dtype=torch.int64).to(device)
+        return self._clocks[device]
+
+    def _scalars(self) -> list[dict[str, Any]]:
+        """The hyper-parameters of the next step, one dict a group; the groups themselves are not changed."""
+        values = []
+        for group, scheduled in zip(self.param_groups, self._schedules, strict=True):
+            scalars = {name: read(group, name) for name in self._rule(group).scalars}
+            for s in scheduled:
+                if not s.overridden():
+                    scalars[s.name] = s.at(self._t)
+            values.append(scalars)
+        return values
+
+    def _clip_numbers(self) -> tuple[float, float, float]:
+        if self._clip is None:
+            return float("inf"), 0.0, float("inf")
+        max_norm, eps, limit = self._clip.numbers
+        if self._max_norm_schedule is not None:
+            max_norm = self._max_norm_schedule(self._t, max_norm)
+        return max_norm, eps, limit
+
+    def _show(self, scalars: list[dict[str, Any]]) -> None:
+        for values, scheduled in zip(scalars, self._schedules, strict=True):
+            for s in scheduled:
+                if not s.overridden():
+                    s.show(values[s.name])
+        self._last_lr = [values["lr"] for values in scalars]
+
+    def _is_hidden_step(self, banks: list[Bank]) -> bool:
+        """Whether this is the first step ever, with every lr written to 0 from outside.
+
+        torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it.
+        """
+        if self._t or not banks or not all(self._schedules):
+            return False
+        return all(
+            any(s.name == "lr" and s.overridden() for s in scheduled) and not isinstance(lr, Tensor) and lr == 0
+            for scheduled, lr in zip(self._schedules, (group["lr"] for group in self.param_groups), strict=True)
+        )
+
+    # ---- state that others touch -------------------------------------------------------------------------------
+
+    def _watch_state(self) -> None:
+        entries = list(self.state.values())
+        self._watch = (entries, [v for entry in entries for v in entry.values()])
+
+    def _state_replaced(self) -> bool:
+        """Whether somebody put other dicts or tensors into ``self.state`` since the last step."""
+        entries, tensors = self._watch
+        if len(self.state) != len(entries) or not all(map(is_, self.state.values(), entries)):
+            return True
+        if sum(map(len, entries)) != len(tensors):
+            return True
+        return not all(map(is_, chain.from_iterable(map(dict.values, entries)), tensors))
+
+    def _adopt_replaced(self, rules: list[Rule]) -> None:
+        """Bring replaced state into the banks; a parameter whose state was removed starts anew, as in torch."""
+        changed = []
+        for leaf in self._leaves:
+            if leaf.bank is None or not leaf.fits(rules[leaf.group]):
+                continue
+            entry = self.state.get(leaf.param) or {}
+            if any(entry.get(name) is None or entry[name].data_ptr() != view.data_ptr() or entry[name].shape != view.shape
+                   for name, view in entry_views(leaf).items()):  # fmt: skip
+                check_entry(leaf, entry, rules[leaf.group])
+                changed.append((leaf, entry))
+        for leaf, entry in changed:
+            adopt(leaf, entry)
+            self.state[leaf.param] = {**entry, **entry_views(leaf)}
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state under torch's keys; fusedlr's own keys are additional and plain data."""
+        return checkpoint.save(self, super().state_dict())
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of fusedlr or of the class of the same name in torch.optim.
+
+        Schedules, clipping and backend stay those of this optimizer; the clock t comes from the checkpoint, or from
+        the largest ``step`` in it where torch saved it.
+
+        Raises:
+            ValueError: for a checkpoint of other parameters; nothing has changed then.
+        """
+        checkpoint.check(self, state_dict)
+        groups = self.param_groups
+        super().load_state_dict(state_dict)
+        checkpoint.restore(self, groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **checkpoint.own_state(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = checkpoint.take_own_state(state)
+        super().__setstate__(state)
+        if own is not None:
+            checkpoint.revive(self, own)
+
+
+def _run(plan: Plan, grads: list[Tensor], knobs: Knobs) -> bool:
+    """Measure, decide, apply; whether the host knows that the step was skipped."""
+    if knobs.measures:
+        for executor in plan.executors:
+            executor.measure(executor.part(grads), knobs)
+    skipped = False
+    for executor in plan.executors:
+        skipped = executor.decide(knobs) or skipped
+    for executor in plan.executors:
+        executor.apply(executor.part(grads), knobs)
+    return skipped

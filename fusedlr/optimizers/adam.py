@@ -1,0 +1,331 @@
+"""Adam and AdamW, with AMSGrad: the reference rules and the public classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..clipping import Clip
+from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
+from ..rule import AtenRule, Rule, expm1_log, sqrt
+
+__all__ = ["Adam", "AdamW"]
+
+
+class AdamHyper(NamedTuple):
+    """The row of a tensor: what its elements share in one step."""
+
+    decay: Any
+    weight_decay: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    eps: Any
+    step_size: Any
+    bias_correction2_sqrt: Any
+
+
+def adam_row(step: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any) -> AdamHyper:
+    """The numbers of one step; 1-beta is taken here, in float64: in float32, 1-0.999 is 1.3e-5 off."""
+    return AdamHyper(
+        decay=1.0 - lr * weight_decay,
+        weight_decay=weight_decay,
+        one_minus_beta1=1.0 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1.0 - beta2,
+        eps=eps,
+        step_size=lr / -expm1_log(step, beta1),
+        bias_correction2_sqrt=sqrt(-expm1_log(step, beta2)),
+    )
+
+
+def adam(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, ...]:
+    """Adam with the L2 penalty weight_decay*p added to the gradient."""
+    # Without decay nothing is added, not 0*p: an infinite weight would turn the gradient into NaN.
+    if h.weight_decay != 0:
+        g = g + h.weight_decay * p
+    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
+    exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
+    denom = torch.sqrt(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
+    return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq
+
+
+def adam_amsgrad(
+    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor, h: AdamHyper
+) -> tuple[Tensor, ...]:
+    """Adam with the L2 penalty, divided by the root of the largest second moment so far."""
+    if h.weight_decay != 0:
+        g = g + h.weight_decay * p
+    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
+    exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
+    max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    denom = torch.sqrt(max_exp_avg_sq) / h.bias_correction2_sqrt + h.eps
+    return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+def adamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, ...]:
+    """Adam with decoupled weight decay: p shrinks by lr*weight_decay before the update."""
+    p = p * h.decay
+    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
+    exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
+    denom = torch.sqrt(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
+    return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq
+
+
+def adamw_amsgrad(
+    p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor, h: AdamHyper
+) -> tuple[Tensor, ...]:
+    """Adam with decoupled weight decay, divided by the root of the largest second moment so far."""
+    p = p * h.decay
+    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
+    exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
+    max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    denom = torch.sqrt(max_exp_avg_sq) / h.bias_correction2_sqrt + h.eps
+    return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+def _aten_adam(operator: Any) -> AtenRule:
+    def aten(
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Sequence[Sequence[Tensor]],
+        step: Tensor,
+        scalars: Mapping[str, Any],
+        maximize: bool,
+    ) -> None:
+        operator(
+            params,
+            grads,
+            state[0],
+            state[1],
+            state[2] if len(state) > 2 else [],
+            [step] * len(params),
+            lr=scalars["lr"],
+            beta1=scalars["beta1"],
+            beta2=scalars["beta2"],
+            weight_decay=scalars["weight_decay"],
+            eps=scalars["eps"],
+            amsgrad=len(state) > 2,
+            maximize=maximize,
+        )
+
+    return aten
+
+
+_SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_AMSGRAD = (*_MOMENTS, "max_exp_avg_sq")
+# (decoupled weight decay, amsgrad) -> rule
+_RULES = {
+    (False, False): Rule(adam, adam_row, AdamHyper, _SCALARS, _MOMENTS, _aten_adam(torch._fused_adam_)),
+    (False, True): Rule(adam_amsgrad, adam_row, AdamHyper, _SCALARS, _AMSGRAD, _aten_adam(torch._fused_adam_)),
+    (True, False): Rule(adamw, adam_row, AdamHyper, _SCALARS, _MOMENTS, _aten_adam(torch._fused_adamw_)),
+    (True, True): Rule(adamw_amsgrad, adam_row, AdamHyper, _SCALARS, _AMSGRAD, _aten_adam(torch._fused_adamw_)),
+}
+
+
+class Adam(FusedOptimizer):
+    r"""Adam, with the learning-rate schedule, the clipping and the update in one fused step.
+
+    .. math::
+        g &\leftarrow c\,g + \lambda p, \qquad
+        m \leftarrow \beta_1 m + (1-\beta_1) g, \qquad
+        v \leftarrow \beta_2 v + (1-\beta_2) g^2 \\
+        p &\leftarrow p - \frac{\eta_t}{1-\beta_1^t} \cdot
+        \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
+
+    where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
+
+    Args:
+        params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
+        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: L2 penalty :math:`\lambda`, added to the gradient.
+        amsgrad: divide by the root of the largest :math:`v` so far.
+        foreach: accepted for compatibility with torch.optim; chooses nothing here.
+        maximize: ascend instead of descend.
+        capturable: accepted for compatibility with torch.optim; chooses nothing here.
+        differentiable: must be False.
+        fused: accepted for compatibility with torch.optim; chooses nothing here.
+        decoupled_weight_decay: decay as :class:`AdamW` does.
+        schedule: a schedule of the learning rate, or a dict of schedules by the name of the scalar.
+        clip: a clipping strategy, or a number M for ``clipping.GlobalNorm(M)``.
+        nonfinite: what a step does whose gradients hold an inf or NaN: "propagate", "skip" or "raise".
+        precision: None, the storage of torch.optim.
+        flatten: whether parameters are moved into flat buffers.
+        backend: "auto", "triton" or "torch".
+        norm_group: None.
+
+    Raises:
+        ValueError: for values outside their ranges, as torch.optim.Adam does, and for unknown options.
+
+    The rule is that of :class:`torch.optim.Adam`, after Kingma and Ba, "Adam: A Method for Stochastic Optimization"
+    (2015), and Reddi et al., "On the Convergence of Adam and Beyond" (2018), for AMSGrad.
+
+    Example:
+        >>> import torch, fusedlr
+        >>> from fusedlr import schedules
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = fusedlr.Adam(model.parameters(), lr=1e-3, schedule=schedules.Cosine(100), clip=1.0)
+        >>> model(torch.randn(3, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.last_lr
+        [0.001]
+    """
+
+    _namesake = torch.optim.Adam
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        schedule: ScheduleArg = None,
+        clip: Clip | float | None = None,
+        nonfinite: str = "propagate",
+        precision: None = None,
+        flatten: bool = True,
+        backend: str = "auto",
+        norm_group: None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        super().__init__(
+            params,
+            defaults,
+            schedule=schedule,
+            clip=clip,
+            nonfinite=nonfinite,
+            precision=precision,
+            flatten=flatten,
+            backend=backend,
+            norm_group=norm_group,
+        )
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return _RULES[bool(group["decoupled_weight_decay"]), bool(group["amsgrad"])]
+
+
+class AdamW(FusedOptimizer):
+    r"""AdamW: Adam with decoupled weight decay, with schedule, clipping and update in one fused step.
+
+    .. math::
+        p &\leftarrow p\,(1 - \eta_t \lambda), \qquad
+        m \leftarrow \beta_1 m + (1-\beta_1)\, c\,g, \qquad
+        v \leftarrow \beta_2 v + (1-\beta_2)\, (c\,g)^2 \\
+        p &\leftarrow p - \frac{\eta_t}{1-\beta_1^t} \cdot
+        \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
+
+    where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
+
+    Args:
+        params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
+        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay :math:`\lambda`.
+        amsgrad: divide by the root of the largest :math:`v` so far.
+        maximize: ascend instead of descend.
+        foreach: accepted for compatibility with torch.optim; chooses nothing here.
+        capturable: accepted for compatibility with torch.optim; chooses nothing here.
+        differentiable: must be False.
+        fused: accepted for compatibility with torch.optim; chooses nothing here.
+        schedule: a schedule of the learning rate, or a dict of schedules by the name of the scalar.
+        clip: a clipping strategy, or a number M for ``clipping.GlobalNorm(M)``.
+        nonfinite: what a step does whose gradients hold an inf or NaN: "propagate", "skip" or "raise".
+        precision: None, the storage of torch.optim.
+        flatten: whether parameters are moved into flat buffers.
+        backend: "auto", "triton" or "torch".
+        norm_group: None.
+
+    Raises:
+        ValueError: for values outside their ranges, as torch.optim.AdamW does, and for unknown options.
+
+    The rule is that of :class:`torch.optim.AdamW`, after Loshchilov and Hutter, "Decoupled Weight Decay
+    Regularization" (2019).
+
+    Example:
+        >>> import torch, fusedlr
+        >>> from fusedlr import schedules
+        >>> model = torch.nn.Linear(4, 2)
+        >>> warmup_cosine = schedules.Warmup(10).then(schedules.Cosine(90, min_lr=3e-5))
+        >>> optimizer = fusedlr.AdamW(model.parameters(), lr=3e-4, schedule=warmup_cosine, clip=1.0)
+        >>> model(torch.randn(3, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    _namesake = torch.optim.AdamW
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        schedule: ScheduleArg = None,
+        clip: Clip | float | None = None,
+        nonfinite: str = "propagate",
+        precision: None = None,
+        flatten: bool = True,
+        backend: str = "auto",
+        norm_group: None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        super().__init__(
+            params,
+            defaults,
+            schedule=schedule,
+            clip=clip,
+            nonfinite=nonfinite,
+            precision=precision,
+            flatten=flatten,
+            backend=backend,
+            norm_group=norm_group,
+        )
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return _RULES[True, bool(group["amsgrad"])]

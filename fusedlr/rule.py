@@ -1,0 +1,63 @@
+"""What an update rule is: the one description from which both backends run an optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["AtenRule", "Rule", "expm1_log", "sqrt"]
+
+# (params, grads, [state lists in slot order], step, scalars by name, maximize) -> None, in place.
+AtenRule = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[Tensor]], Tensor, Mapping[str, Any], bool], None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule: pure arithmetic, with the storage left to the backends.
+
+    ``update(p, g, *state, h)`` returns ``(p, *state)`` in the dtype it was given (float32, or float64 for float64
+    parameters); ``row(step, *scalars)`` computes, in float64, the numbers ``h`` that are the same for all elements of
+    one tensor. Both have a twin of the same name, argument names and argument order in ``kernels/rules.py``.
+
+    Args:
+        update: the reference rule; its name is the name of the rule.
+        row: the reference of the row; ``step`` is the 1-based count of the tensor's own steps.
+        hyper: the NamedTuple that ``row`` returns and ``update`` takes as ``h``.
+        scalars: the hyper-parameters that ``row`` takes after ``step``, by their names in a param group
+            (``beta1`` and ``beta2`` are the two ``betas``).
+        slots: the keys of the state tensors, in the order ``update`` takes them.
+        aten: PyTorch's own fused CPU operator for the same rule, or None.
+    """
+
+    update: Callable[..., tuple[Tensor, ...]]
+    row: Callable[..., Any]
+    hyper: type[Any]
+    scalars: tuple[str, ...]
+    slots: tuple[str, ...]
+    aten: AtenRule | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the update function, shared with its twin in ``kernels/rules.py``."""
+        return self.update.__name__
+
+
+def expm1_log(count: Any, base: Any) -> Any:
+    """``base**count - 1`` without cancellation, as ``expm1(count*log(base))``; base 0 gives -1.
+
+    The bias corrections are ``1 - beta**step``; computed directly in float32 they are 1.3e-5 off for
+    beta 0.999 at the first step.
+    """
+    if isinstance(count, Tensor) or isinstance(base, Tensor):
+        return torch.expm1(count * torch.log(torch.as_tensor(base, dtype=torch.float64)))
+    return math.expm1(count * math.log(base)) if base > 0 else -1.0
+
+
+def sqrt(x: Any) -> Any:
+    """Square root of a float or a tensor."""
+    return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)

@@ -1,0 +1,192 @@
+"""Leaves and banks: each parameter's record, and the flat buffers that hold the optimizer's state.
+
+A *leaf* is what the optimizer knows of one parameter. A *bank* is one allocation of state for leaves of equal device,
+dtype and state keys that got their first gradient in the same step: a flat buffer a slot, laid out as the parameters'
+pieces are, and a float32 vector of step counts. ``optimizer.state[p]`` holds views of the bank under torch's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flat import Home, aligned, dense_strides, is_dense, memory_view, own_view
+from .rule import Rule
+
+__all__ = ["Bank", "Leaf", "adopt", "check_entry", "ensure_state", "entry_views"]
+
+
+class Leaf:
+    """A parameter, where it lies, and where its state lies.
+
+    ``flat`` is the parameter as one dimension in the order of its memory, or None where its strides leave gaps.
+    """
+
+    __slots__ = (
+        "bank",
+        "bank_index",
+        "bank_start",
+        "device",
+        "dtype",
+        "flat",
+        "group",
+        "home",
+        "index",
+        "numel",
+        "param",
+        "ptr",
+        "shape",
+        "slots",
+        "step",
+        "strides",
+    )
+
+    def __init__(self, param: Tensor, index: int, group: int, home: Home | None) -> None:
+        self.param = param
+        self.index = index
+        self.group = group
+        self.home = home
+        self.bank: Bank | None = None
+        self.bank_index = 0
+        self.bank_start = 0
+        self.slots: tuple[Tensor, ...] = ()
+        self.step: Tensor | None = None
+        self.locate()
+
+    def locate(self) -> None:
+        """Note where the parameter lies now; somebody may have replaced ``p.data`` since."""
+        p = self.param
+        self.ptr = p.data_ptr()
+        self.shape = p.shape
+        self.numel = p.numel()
+        self.dtype = p.dtype
+        self.device = p.device
+        self.strides = dense_strides(p)
+        self.flat = memory_view(p.detach()) if is_dense(p) else None
+        if self.home is not None:
+            piece, start = self.home
+            here = piece.data_ptr() + start * piece.element_size()
+            if (self.ptr, self.device, self.dtype) != (here, piece.device, piece.dtype) or self.flat is None:
+                self.home = None
+
+    def fits(self, rule: Rule) -> bool:
+        """Whether the leaf's state is where and what the rule needs."""
+        bank = self.bank
+        return bank is not None and (bank.names, bank.device, bank.dtype) == (rule.slots, self.device, self.dtype)
+
+
+class Bank:
+    """One allocation of state."""
+
+    __slots__ = ("before", "device", "dtype", "leaves", "names", "slots", "steps")
+
+    def __init__(self, names: tuple[str, ...], leaves: Sequence[Leaf]) -> None:
+        first = leaves[0]
+        total = sum(aligned(leaf.numel, leaf.dtype) for leaf in leaves)
+        self.names = names
+        self.leaves = list(leaves)
+        self.device = first.device
+        self.dtype = first.dtype
+        self.slots = tuple(torch.zeros(total, dtype=first.dtype, device=first.device) for _ in names)
+        self.steps = torch.zeros(len(leaves), dtype=torch.float32, device=first.device)
+        self.before: list[Any] = []
+
+    def move_in(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Give each leaf its part, with whatever state it had before, and put the views into ``state``."""
+        start = 0
+        for index, leaf in enumerate(self.leaves):
+            entry = state.get(leaf.param) or {}
+            self.before.append(state.get(leaf.param))
+            leaf.bank, leaf.bank_index, leaf.bank_start = self, index, start
+            leaf.slots = tuple(own_view(slot, start, leaf.numel, (leaf.numel,), (1,)) for slot in self.slots)
+            leaf.step = own_view(self.steps, index, 1, (), ())
+            if entry:
+                adopt(leaf, entry)
+            state[leaf.param] = {**entry, **entry_views(leaf)}
+            start += aligned(leaf.numel, leaf.dtype)
+
+    def move_out(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Undo ``move_in``: the step that asked for the state failed before it used it."""
+        for leaf, entry in zip(self.leaves, self.before, strict=True):
+            leaf.bank, leaf.slots, leaf.step = None, (), None
+            if entry is None:
+                del state[leaf.param]
+            else:
+                state[leaf.param] = entry
+
+
+def entry_views(leaf: Leaf) -> dict[str, Tensor]:
+    """The leaf's state under torch's keys, as views of its bank."""
+    assert leaf.bank is not None and leaf.step is not None
+    slots = zip(leaf.bank.names, leaf.slots, strict=True)
+    return {"step": leaf.step, **{name: slot.as_strided(leaf.shape, leaf.strides) for name, slot in slots}}
+
+
+def adopt(leaf: Leaf, entry: MutableMapping[str, Any]) -> None:
+    """Copy the values of a loaded or replaced state entry into the leaf's bank; what is missing starts at zero.
+
+    The step starts anew where a rule has state and none came (SGD whose momentum was just switched on), and a buffer
+    that came without a step has taken one (torch.optim.SGD saves none).
+    """
+    assert leaf.bank is not None and leaf.step is not None
+    came = False
+    for name, slot in zip(leaf.bank.names, leaf.slots, strict=True):
+        value = entry.get(name)
+        if value is None:
+            slot.zero_()
+            continue
+        came = True
+        if value.data_ptr() != slot.data_ptr():
+            slot.as_strided(leaf.shape, leaf.strides).copy_(value)
+    step = entry.get("step")
+    if leaf.bank.names and not came:
+        leaf.step.zero_()
+    elif step is None:
+        leaf.step.fill_(1.0 if came else 0.0)
+    elif isinstance(step, Tensor):
+        if step.data_ptr() != leaf.step.data_ptr():
+            leaf.step.copy_(step.reshape(()))
+    else:
+        leaf.step.fill_(float(step))
+
+
+def check_entry(leaf: Leaf, entry: Any, rule: Rule) -> None:
+    """Raise a ValueError that says what is wrong with a state entry, before anything is changed."""
+    where = f"the state of parameter {leaf.index}"
+    if not isinstance(entry, MutableMapping):
+        raise ValueError(f"{where} must be a dict with the keys {('step', *rule.slots)}, but got {type(entry).__name__}")
+    for name in rule.slots:
+        value = entry.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != leaf.shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{where} has {name!r} of shape {got}, but the parameter has shape {tuple(leaf.shape)}; "
+                "load a state_dict that was saved for the same parameters in the same order"
+            )
+    step = entry.get("step")
+    if step is None or isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1):
+        return
+    got = f"a tensor of shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
+    raise ValueError(f"{where} has as 'step' {got}, but a single number was expected")
+
+
+def ensure_state(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> list[Bank]:
+    """Give every leaf the state its group's rule asks for; the banks that were allocated for it.
+
+    Every bank is allocated before any leaf moves in, so that running out of memory changes nothing.
+    """
+    buckets: dict[tuple[Any, ...], list[Leaf]] = {}
+    for leaf in leaves:
+        rule = rules[leaf.group]
+        if not leaf.fits(rule):
+            check_entry(leaf, state.get(leaf.param) or {}, rule)
+            buckets.setdefault((leaf.device, leaf.dtype, rule.slots), []).append(leaf)
+    banks = [Bank(key[2], bucket) for key, bucket in buckets.items()]
+    for bank in banks:
+        bank.move_in(state)
+    return banks

@@ -1,0 +1,38 @@
+"""Clipping: twins of the factors in ``fusedlr/clipping.py``, and what the skeleton does to each element."""
+
+import triton
+import triton.language as tl
+
+__all__ = ["clip_factor", "no_factor", "normalize_factor", "scale", "scale_and_clamp"]
+
+
+@triton.jit
+def clip_factor(norm, max_norm, eps):
+    """min(1, max_norm/(norm + eps)); NaN stays NaN."""
+    factor = max_norm / (norm + eps)
+    return tl.where(factor >= 1.0, 1.0, factor)
+
+
+@triton.jit
+def normalize_factor(norm, max_norm, eps):
+    """1/(norm + eps)."""
+    return 1.0 / (norm + eps)
+
+
+@triton.jit
+def no_factor(norm, max_norm, eps):
+    """1: for strategies without a norm."""
+    return norm * 0.0 + 1.0
+
+
+@triton.jit
+def scale(g, grad_scale, limit):
+    """The element times its tensor's factor (negative where the group ascends)."""
+    return g * grad_scale
+
+
+@triton.jit
+def scale_and_clamp(g, grad_scale, limit):
+    """The scaled element within [-limit, limit]; a NaN stays NaN."""
+    g = g * grad_scale
+    return tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))

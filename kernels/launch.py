@@ -1,0 +1,186 @@
+"""Launches: grids, constants and block sizes, in one place for the backend, the tests and the ahead-of-time compiler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import clipping, rules
+from .apply import apply
+from .decide import GLOBAL, NOTHING, TENSOR, decide
+from .measure import EUCLID, LARGEST, POWER, measure
+
+__all__ = ["BLOCK", "DTYPES", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure", "mode_for"]
+
+BLOCK = 1024  # 128 threads with 8 elements each: 16-byte accesses for float32 and bfloat16 alike
+LANES = 128
+NUM_WARPS = 4
+DECIDE_WARPS = 4
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value}
+
+
+def wide(dtype: torch.dtype) -> Any:
+    """The dtype of the arithmetic: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def mode_for(norm_type: float, dtypes: Sequence[torch.dtype]) -> int:
+    """How measure sums: the fast way for Euclidean norms of float32 and narrower."""
+    if norm_type == math.inf:
+        return int(LARGEST.value)
+    if norm_type == 2.0 and torch.float64 not in dtypes:
+        return int(EUCLID.value)
+    return int(POWER.value)
+
+
+def chunk_size_for(numel: int) -> int:
+    """Elements a program treats: enough programs to fill a GPU, and no more than it can schedule cheaply."""
+    size = BLOCK
+    while size < 32 * BLOCK and numel > size * 4096:
+        size *= 2
+    return size
+
+
+def launch_measure(
+    n_chunks: int,
+    segments: Tensor,
+    chunks: Tensor,
+    partials: Tensor,
+    first_partial: int,
+    chunk_size: int,
+    norm_type: float,
+    dtype: torch.dtype,
+    mode: int,
+) -> None:
+    """One partial a chunk into ``partials[:, first_partial:]`` (sums in row 0, scales in row 1)."""
+    measure[(n_chunks,)](
+        segments,
+        chunks,
+        partials,
+        partials.shape[1],
+        first_partial,
+        chunk_size,
+        norm_type,
+        G=DTYPES[dtype],
+        MODE=mode,
+        WIDTH=segments.shape[1],
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+
+
+def launch_decide(
+    partials: Tensor,
+    n_partials: int,
+    norm_type: float,
+    tensors: Tensor,
+    scalars: Tensor,
+    addresses: Tensor,
+    values: Tensor,
+    tracks: Tensor,
+    program: Tensor,
+    table: Tensor,
+    max_rows: int,
+    clock: Tensor,
+    advance: int,
+    rows: Tensor,
+    norm: Tensor,
+    skip: Tensor,
+    *,
+    row_name: str,
+    factor_name: str,
+    scope: str | None,
+    mode: int,
+    guard: bool,
+    count: bool,
+    last: bool,
+    n_row_scalars: int,
+    dtype: torch.dtype,
+) -> None:
+    """One row a tensor into ``rows``, the norm, the decision to skip, and the counts of steps."""
+    decide[(1,)](
+        partials,
+        n_partials,
+        partials.shape[1],
+        norm_type,
+        tensors,
+        tensors.shape[0],
+        scalars,
+        addresses,
+        values,
+        scalars.numel(),
+        tracks,
+        program,
+        table,
+        tracks.shape[0],
+        max_rows,
+        clock,
+        advance,
+        rows,
+        norm,
+        skip,
+        ROW=getattr(rules, row_name),
+        FACTOR=getattr(clipping, factor_name),
+        SCOPE=SCOPES[scope],
+        MODE=mode,
+        GUARD=guard,
+        COUNT=count,
+        LAST=last,
+        SCALARS=n_row_scalars,
+        FIELDS=rows.shape[1] - 2,
+        WIDE=wide(dtype),
+        LANES=LANES,
+        num_warps=DECIDE_WARPS,
+        # A schedule's value is the same on the host and here only if products are rounded before they are added.
+        enable_fp_fusion=False,
+    )
+
+
+def launch_apply(
+    n_chunks: int,
+    segments: Tensor,
+    chunks: Tensor,
+    rows: Tensor,
+    skip: Tensor,
+    chunk_size: int,
+    *,
+    rule_name: str,
+    hyper_name: str,
+    clamp: bool,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_dtypes: Sequence[torch.dtype],
+) -> None:
+    """One pass over parameters and state."""
+    apply[(n_chunks,)](
+        segments,
+        chunks,
+        rows,
+        skip,
+        n_chunks,
+        chunk_size,
+        RULE=getattr(rules, rule_name),
+        HYPER=getattr(rules, hyper_name),
+        CLIP=clipping.scale_and_clamp if clamp else clipping.scale,
+        FIELDS=rows.shape[1] - 2,
+        P=DTYPES[dtype],
+        G=DTYPES[grad_dtype],
+        S=tuple(DTYPES[d] for d in state_dtypes),
+        WIDE=wide(dtype),
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
