@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -96,9 +97,7 @@ def without_decay(case: Case, params: list[Parameter]) -> Contender:
 
 
 def without_an_update(case: Case, params: list[Parameter]) -> Contender:
-    contender = build_torch_fused(case, params)
-    contender.update = lambda: None
-    return contender
+    return Contender(build_torch_fused(case, params).optimizer, lambda: None)
 
 
 def with_a_nan(case: Case, params: list[Parameter]) -> Contender:
@@ -112,20 +111,32 @@ def with_a_nan(case: Case, params: list[Parameter]) -> Contender:
     return contender
 
 
-@pytest.mark.parametrize(
-    "wrong", [without_clipping, with_a_late_schedule, without_decay, without_an_update, with_a_nan], ids=lambda f: f.__name__
-)
+WRONG = (without_clipping, with_a_late_schedule, without_decay, without_an_update, with_a_nan)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda build: build.__name__)
 def test_the_gate_refuses_a_peer_that_computes_something_else(wrong):
     with pytest.raises(DisagreementError, match="case tiny, tensor"):
         Comparison(TINY, "wrong", build_peer=wrong).check()
 
 
 def test_the_gate_looks_again_after_the_timed_steps():
-    comparison = Comparison(TINY, "torch-fused")
-    comparison.check()
-    with torch.no_grad():
-        comparison.sides[0][0][2].add_(1e-4)
-    with pytest.raises(DisagreementError, match=r"tensor 2 of shape \(7, 3\): fusedlr and torch-fused are 1\.0"):
+    def wrong_from_the_tenth_step(case: Case, params: list[Parameter]) -> Contender:
+        contender = build_torch_fused(case, params)
+        steps = itertools.count(1)
+        right = contender.advance
+        assert right is not None
+
+        def advance() -> None:
+            right()
+            if next(steps) == 10:
+                params[2].data.add_(1e-4)
+
+        contender.advance = advance
+        return contender
+
+    comparison = Comparison(TINY, "late", build_peer=wrong_from_the_tenth_step)
+    with pytest.raises(DisagreementError, match=r"tensor 2 of shape \(7, 3\): fusedlr and late .* after 23 steps"):
         comparison.check_then_time(20)
 
 
@@ -186,8 +197,8 @@ def test_derived_numbers():
 def test_the_lr_of_the_peers_moves_at_every_step():
     factors = [lr_factor("cosine", t) for t in range(40)]
     assert factors[9] == factors[10] == 1.0 and factors[0] == 0.1
-    assert all(b > a for a, b in zip(factors[:9], factors[1:10], strict=True))
-    assert all(b < a for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(b > a for a, b in itertools.pairwise(factors[:10]))
+    assert all(b < a for a, b in itertools.pairwise(factors[10:]))
 
 
 @pytest.mark.parametrize(

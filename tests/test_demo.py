@@ -89,14 +89,15 @@ def test_curves_that_differ_are_an_error(demo, tmp_path, capsys, monkeypatch):
     right = demo.fusedlr_run
     monkeypatch.setattr(demo, "fusedlr_run", lambda model, lr, *rest: right(model, 1.1 * lr, *rest))
     out = tmp_path / "demo.png"
-    with pytest.raises(SystemExit, match="the two loss curves are .* apart, more than the 1e-04"):
+    with pytest.raises(SystemExit, match=r"the two loss curves are .* apart, more than the 1e-04"):
         demo.main(["--quick", "--device", "cpu", "--out", str(out)])
     assert out.exists()  # the picture is how one sees what went wrong
     assert "largest difference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "expected"), [([1.0, 2.0], [1.0, 2.5], 0.5), ([1.0, math.nan], [1.0, 2.0], math.nan), ([1.0], [1.0], 0.0)]
+    ("a", "b", "expected"),
+    [([1.0, 2.0], [1.0, 2.5], 0.5), ([1.0, math.nan], [1.0, 2.0], math.nan), ([1.0], [1.0], 0.0)],
 )
 def test_largest_difference(demo, a, b, expected):
     assert demo.largest_difference(a, b) == pytest.approx(expected, nan_ok=True)

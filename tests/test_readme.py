@@ -1,4 +1,4 @@
-"""README.md: its code runs, its tables name what exists with the arguments it has, its links and commands lead somewhere."""
+"""README.md: its code runs, its tables name what exists with its arguments, its links and commands lead somewhere."""
 
 from __future__ import annotations
 
