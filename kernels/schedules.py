@@ -38,8 +38,8 @@ def linear(p, q, a, b):
 
 @triton.jit
 def cosine(p, q, a, b):
-    down = tl.sin(HALF_PI * q)
-    up = tl.sin(HALF_PI * p)
+    down = tl.sin(q * HALF_PI)
+    up = tl.sin(p * HALF_PI)
     return a * (down * down) + b * (up * up)
 
 

@@ -30,9 +30,10 @@ def whole(name: str, value: Any, low: int = 0) -> int:
     """``value`` as an int in [low, 2**53]."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, but got {value!r} ({type(value).__name__})")
-    if not low <= value <= _LONGEST:
+    result = int(value)
+    if not low <= result <= _LONGEST:
         raise ValueError(f"{name} must be an integer >= {low} and <= 2**53, but got {value!r}")
-    return int(value)
+    return result
 
 
 def steps(name: str, value: Any) -> int:

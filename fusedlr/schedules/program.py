@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -55,7 +56,8 @@ class Row(NamedTuple):
     values: tuple[float, ...] = ()
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Packed:
     """Programs as arrays: program i is ``rows[first[i] : first[i] + count[i]]``."""
 
     rows: NDArray[np.float64]
