@@ -117,14 +117,16 @@ class Comparison:
         per_step, of_movement = {torch.float32: (2.0**-22, 2e-5), torch.bfloat16: (2.0**-7, 2.0**-5)}[self.case.dtype]
         (ours, _), (theirs, _) = self.sides
         for i, (a, b, start) in enumerate(zip(ours, theirs, self.initial, strict=True)):
-            a, b, start = a.float(), b.float(), start.float()
-            moved = (b - start).abs().max().item()
-            excess = ((a - b).abs() - (self.steps * per_step * b.abs() + of_movement * moved)).max().item()
+            mine, other, before = a.float(), b.float(), start.float()
+            moved = (other - before).abs().max().item()
+            apart = (mine - other).abs()
+            allowed = self.steps * per_step * other.abs() + of_movement * moved
+            excess = (apart - allowed).max().item()
             if not moved > 0:
                 raise DisagreementError(f"{self._where(i)}: {self.peer_name} has not moved it in {self.steps} steps")
             if not excess <= 0:  # a NaN on either side is a disagreement, too
                 raise DisagreementError(
-                    f"{self._where(i)}: fusedlr and {self.peer_name} are {(a - b).abs().max().item():.3e} apart after "
+                    f"{self._where(i)}: fusedlr and {self.peer_name} are {apart.max().item():.3e} apart after "
                     f"{self.steps} steps that moved it by {moved:.3e}, {excess:.1e} more than rounding explains"
                 )
 
@@ -147,7 +149,7 @@ class Comparison:
             step()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end)
+            return float(begin.elapsed_time(end))
         start = time.perf_counter()
         step()
         return (time.perf_counter() - start) * 1e3

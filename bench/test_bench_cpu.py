@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.cases import CASES, Case
 from bench.measure import MINIMUM_ROUNDS, Comparison
@@ -15,16 +16,16 @@ PAIRS = [pytest.param(case, peer, id=f"{case.name}-{peer}") for case in SMALL fo
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in SMALL])
-def test_fusedlr(benchmark, case: Case) -> None:
+def test_fusedlr(benchmark: BenchmarkFixture, case: Case) -> None:
     time_side(benchmark, case, "torch-fused", 0)
 
 
 @pytest.mark.parametrize(("case", "peer"), PAIRS)
-def test_peer(benchmark, case: Case, peer: str) -> None:
+def test_peer(benchmark: BenchmarkFixture, case: Case, peer: str) -> None:
     time_side(benchmark, case, peer, 1)
 
 
-def time_side(benchmark, case: Case, peer: str, side: int) -> None:
+def time_side(benchmark: BenchmarkFixture, case: Case, peer: str, side: int) -> None:
     comparison = Comparison(case, peer)
     comparison.check()
     benchmark.group = case.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.cases import CASES, Case
 from bench.measure import MINIMUM_ROUNDS, Comparison
@@ -22,21 +23,21 @@ GRAPH_PAIRS = [pytest.param(case, "torch-fused-graph", id=f"{case.name}-graph") 
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in SMALL])
-def test_fusedlr(benchmark, case: Case) -> None:
+def test_fusedlr(benchmark: BenchmarkFixture, case: Case) -> None:
     time_side(benchmark, case, "torch-fused", 0)
 
 
 @pytest.mark.parametrize(("case", "peer"), GRAPH_PAIRS)
-def test_fusedlr_graph(benchmark, case: Case, peer: str) -> None:
+def test_fusedlr_graph(benchmark: BenchmarkFixture, case: Case, peer: str) -> None:
     time_side(benchmark, case, peer, 0)
 
 
 @pytest.mark.parametrize(("case", "peer"), PAIRS)
-def test_peer(benchmark, case: Case, peer: str) -> None:
+def test_peer(benchmark: BenchmarkFixture, case: Case, peer: str) -> None:
     time_side(benchmark, case, peer, 1)
 
 
-def time_side(benchmark, case: Case, peer: str, side: int) -> None:
+def time_side(benchmark: BenchmarkFixture, case: Case, peer: str, side: int) -> None:
     comparison = Comparison(case, peer)
     comparison.check()
     contender = comparison.sides[side][1]

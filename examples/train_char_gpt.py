@@ -108,7 +108,8 @@ class Block(nn.Module):
         )
         attended = F.scaled_dot_product_attention(rotate(q, turn), rotate(k, turn), v, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
-        return x + self.feed_out(F.gelu(self.feed_in(self.norm_feed(x))))
+        fed: Tensor = self.feed_out(F.gelu(self.feed_in(self.norm_feed(x))))
+        return x + fed
 
 
 class GPT(nn.Module):
@@ -179,7 +180,7 @@ class Run:
 
     def step(self, batch: Tensor) -> None:
         loss = self.model.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         elapsed, read = timed(self.update, batch.device)
         self.optimizer.zero_grad()
         lr, norm = read()
