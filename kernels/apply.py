@@ -15,7 +15,7 @@ __all__ = ["apply"]
 @triton.jit
 def update_block(
     p_ptr, g_ptr, state_ptrs, offsets, mask, h, grad_scale, limit,
-    RULE: tl.constexpr, CLIP: tl.constexpr, P: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr,
+    RULE: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, P: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block: everything is loaded before anything is stored."""
     p = tl.load(p_ptr + offsets, mask=mask).to(WIDE)
@@ -24,9 +24,9 @@ def update_block(
     for i in tl.static_range(len(state_ptrs)):
         state = state + (tl.load(state_ptrs[i] + offsets, mask=mask).to(WIDE),)
     new = RULE(p, CLIP(g, grad_scale, limit), *state, h)
-    tl.store(p_ptr + offsets, new[0].to(P), mask=mask)
+    tl.store(p_ptr + offsets, ROUND(new[0], P), mask=mask)
     for i in tl.static_range(len(state_ptrs)):
-        tl.store(state_ptrs[i] + offsets, new[i + 1].to(S[i]), mask=mask)
+        tl.store(state_ptrs[i] + offsets, ROUND(new[i + 1], S[i]), mask=mask)
 
 
 def _name(specialization):
@@ -46,6 +46,7 @@ def apply(
     RULE: tl.constexpr,
     HYPER: tl.constexpr,
     CLIP: tl.constexpr,
+    ROUND: tl.constexpr,
     FIELDS: tl.constexpr,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -84,10 +85,10 @@ def apply(
         for offset in range(start, full, BLOCK):
             update_block(
                 tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16), fast_ptrs, offset + lanes, None, h, grad_scale,
-                limit, RULE, CLIP, P, S, WIDE,
+                limit, RULE, CLIP, ROUND, P, S, WIDE,
             )  # fmt: skip
         for offset in range(full, stop, BLOCK):
             update_block(
-                p_ptr, g_ptr, state_ptrs, offset + lanes, offset + lanes < stop, h, grad_scale, limit, RULE, CLIP, P, S,
-                WIDE,
+                p_ptr, g_ptr, state_ptrs, offset + lanes, offset + lanes < stop, h, grad_scale, limit, RULE, CLIP,
+                ROUND, P, S, WIDE,
             )  # fmt: skip

@@ -222,7 +222,7 @@ def decide(
             tl.store(row_ptr + i, numbers[i].to(WIDE), mask=mask)
         tl.store(row_ptr + FIELDS, (factor * sign).to(WIDE), mask=mask)
         tl.store(row_ptr + FIELDS + 1, (limit + tl.zeros([LANES], tl.float64)).to(WIDE), mask=mask)
-        tl.store(step_ptr, step.to(tl.float32), mask=mask & (skipped == 0))
+        tl.store(step_ptr, (step - skipped).to(tl.float32), mask=mask)
     if LAST:
         tl.store(clock_ptr, t + advance * (1 - skipped))
         if COUNT:

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import clipping, rules
+from . import clipping, formats, rules
 from .apply import apply
 from .decide import GLOBAL, NOTHING, TENSOR, decide
 from .measure import EUCLID, LARGEST, POWER, measure
 
 __all__ = ["BLOCK", "DTYPES", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure", "mode_for"]
 
+# Kernels are interpreted or compiled as was decided when they were defined, whatever the environment says now.
+INTERPRETED = not isinstance(apply, triton.runtime.JITFunction)
 BLOCK = 1024  # 128 threads with 8 elements each: 16-byte accesses for float32 and bfloat16 alike
 LANES = 128
 NUM_WARPS = 4
@@ -175,6 +178,7 @@ def launch_apply(
         RULE=getattr(rules, rule_name),
         HYPER=getattr(rules, hyper_name),
         CLIP=clipping.scale_and_clamp if clamp else clipping.scale,
+        ROUND=formats.nearest_interpreted if INTERPRETED else formats.nearest,
         FIELDS=rows.shape[1] - 2,
         P=DTYPES[dtype],
         G=DTYPES[grad_dtype],
