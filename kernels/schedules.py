@@ -88,7 +88,7 @@ def table(u, length, a, interpolate, every, first, values):
     start = values + first.to(tl.int64)
     here = tl.load(start + i, mask=first >= 0.0, other=0.0)
     after = tl.load(start + tl.minimum(i + 1, last), mask=first >= 0.0, other=0.0)
-    r = tl.where(interpolate > 0.0, u % width, 0)
+    r = tl.where((interpolate > 0.0) & (i < last), u % width, 0)
     return a * (here * ((width - r).to(tl.float64) / every) + after * (r.to(tl.float64) / every))
 
 

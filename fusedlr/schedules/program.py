@@ -126,7 +126,7 @@ def table(
     i = min(u // width, last)
     here = values[int(first) + i]
     after = values[int(first) + min(i + 1, last)]
-    r = u % width if interpolate > 0.0 else 0
+    r = u % width if interpolate > 0.0 and i < last else 0
     return a * (here * ((width - r) / every) + after * (r / every))
 
 
