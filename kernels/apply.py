@@ -35,7 +35,7 @@ def _name(specialization):
     return f"fused_apply_{constants['RULE'].__name__}_{constants['P']}"
 
 
-@triton.jit(do_not_specialize=["chunk_size", "n_chunks"])
+@triton.jit(repr=_name, do_not_specialize=["chunk_size", "n_chunks"])
 def apply(
     segments_ptr,
     chunks_ptr,
@@ -53,6 +53,7 @@ def apply(
     S: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     # Backward, so that the gradients measured last, still in the L2 cache, are read first.
     program = n_chunks - 1 - tl.program_id(0)
@@ -87,8 +88,10 @@ def apply(
                 tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16), fast_ptrs, offset + lanes, None, h, grad_scale,
                 limit, RULE, CLIP, ROUND, P, S, WIDE,
             )  # fmt: skip
-        for offset in range(full, stop, BLOCK):
+        # One element a thread: eight addresses of each array would cost more registers than the loop above needs.
+        few = tl.arange(0, TAIL)
+        for offset in range(full, stop, TAIL):
             update_block(
-                p_ptr, g_ptr, state_ptrs, offset + lanes, offset + lanes < stop, h, grad_scale, limit, RULE, CLIP,
+                p_ptr, g_ptr, state_ptrs, offset + few, offset + few < stop, h, grad_scale, limit, RULE, CLIP,
                 ROUND, P, S, WIDE,
             )  # fmt: skip

@@ -139,6 +139,7 @@ def _name(specialization):
 
 
 @triton.jit(
+    repr=_name,
     do_not_specialize=["n_partials", "scale_offset", "n_tensors", "n_scalars", "n_tracks", "max_rows", "advance"],
 )
 def decide(

@@ -21,6 +21,7 @@ __all__ = ["BLOCK", "DTYPES", "chunk_size_for", "launch_apply", "launch_decide",
 # Kernels are interpreted or compiled as was decided when they were defined, whatever the environment says now.
 INTERPRETED = not isinstance(apply, triton.runtime.JITFunction)
 BLOCK = 1024  # 128 threads with 8 elements each: 16-byte accesses for float32 and bfloat16 alike
+TAIL = BLOCK if INTERPRETED else 32 * 4  # the interpreter pays for each iteration, not for registers
 LANES = 128
 NUM_WARPS = 4
 DECIDE_WARPS = 4
@@ -56,6 +57,66 @@ def chunk_size_for(numel: int) -> int:
     return size
 
 
+def measure_constants(dtype: torch.dtype, mode: int, width: int) -> dict[str, Any]:
+    """The compile-time arguments of measure."""
+    return {"G": DTYPES[dtype], "MODE": mode, "WIDTH": width, "BLOCK": BLOCK}
+
+
+def decide_constants(
+    row_name: str,
+    factor_name: str,
+    scope: str | None,
+    mode: int,
+    *,
+    guard: bool,
+    count: bool,
+    last: bool,
+    n_row_scalars: int,
+    n_fields: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The compile-time arguments of decide."""
+    return {
+        "ROW": getattr(rules, row_name),
+        "FACTOR": getattr(clipping, factor_name),
+        "SCOPE": SCOPES[scope],
+        "MODE": mode,
+        "GUARD": guard,
+        "COUNT": count,
+        "LAST": last,
+        "SCALARS": n_row_scalars,
+        "FIELDS": n_fields,
+        "WIDE": wide(dtype),
+        "LANES": LANES,
+    }
+
+
+def apply_constants(
+    rule_name: str,
+    hyper_name: str,
+    *,
+    clamp: bool,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_dtypes: Sequence[torch.dtype],
+) -> dict[str, Any]:
+    """The compile-time arguments of apply."""
+    hyper = getattr(rules, hyper_name)
+    return {
+        "RULE": getattr(rules, rule_name),
+        "HYPER": hyper,
+        "CLIP": clipping.scale_and_clamp if clamp else clipping.scale,
+        "ROUND": formats.nearest_interpreted if INTERPRETED else formats.nearest,
+        "FIELDS": len(hyper._fields),
+        "P": DTYPES[dtype],
+        "G": DTYPES[grad_dtype],
+        "S": tuple(DTYPES[d] for d in state_dtypes),
+        "WIDE": wide(dtype),
+        "BLOCK": BLOCK,
+        "TAIL": TAIL,
+    }
+
+
 def launch_measure(
     n_chunks: int,
     segments: Tensor,
@@ -76,10 +137,7 @@ def launch_measure(
         first_partial,
         chunk_size,
         norm_type,
-        G=DTYPES[dtype],
-        MODE=mode,
-        WIDTH=segments.shape[1],
-        BLOCK=BLOCK,
+        **measure_constants(dtype, mode, segments.shape[1]),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )
@@ -135,17 +193,18 @@ def launch_decide(
         rows,
         norm,
         skip,
-        ROW=getattr(rules, row_name),
-        FACTOR=getattr(clipping, factor_name),
-        SCOPE=SCOPES[scope],
-        MODE=mode,
-        GUARD=guard,
-        COUNT=count,
-        LAST=last,
-        SCALARS=n_row_scalars,
-        FIELDS=rows.shape[1] - 2,
-        WIDE=wide(dtype),
-        LANES=LANES,
+        **decide_constants(
+            row_name,
+            factor_name,
+            scope,
+            mode,
+            guard=guard,
+            count=count,
+            last=last,
+            n_row_scalars=n_row_scalars,
+            n_fields=rows.shape[1] - 2,
+            dtype=dtype,
+        ),
         num_warps=DECIDE_WARPS,
         # A schedule's value is the same on the host and here only if products are rounded before they are added.
         enable_fp_fusion=False,
@@ -175,16 +234,9 @@ def launch_apply(
         skip,
         n_chunks,
         chunk_size,
-        RULE=getattr(rules, rule_name),
-        HYPER=getattr(rules, hyper_name),
-        CLIP=clipping.scale_and_clamp if clamp else clipping.scale,
-        ROUND=formats.nearest_interpreted if INTERPRETED else formats.nearest,
-        FIELDS=rows.shape[1] - 2,
-        P=DTYPES[dtype],
-        G=DTYPES[grad_dtype],
-        S=tuple(DTYPES[d] for d in state_dtypes),
-        WIDE=wide(dtype),
-        BLOCK=BLOCK,
+        **apply_constants(
+            rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+        ),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )

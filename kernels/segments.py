@@ -27,7 +27,8 @@ def chunk_of(segments_ptr, chunks_ptr, program, chunk_size, WIDTH: tl.constexpr)
     """(number of the segment, its row in the table, first and one past the last element of the chunk)."""
     segment = tl.load(chunks_ptr + 2 * program)
     row = segments_ptr + segment.to(tl.int64) * WIDTH
-    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * chunk_size
+    # A chunk is a multiple of the block; the compiler must know it to load 16 bytes at once.
+    start = tl.multiple_of(tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * chunk_size, 16)
     numel = tl.load(row + NUMEL)
     stop = tl.minimum(start + chunk_size, numel)
     return segment, row, start, stop
