@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from schedule_cases import CASES, RELATIVE, Case, agrees
 from test_schedules import ending, endless
 
-from fusedlr.schedules import Schedule
+from fusedlr.schedules import Schedule, Table
 from fusedlr.schedules import program as host
 from fusedlr.schedules.program import Kind, Packed, Row, pack, value
 
@@ -87,6 +87,10 @@ def test_random_programs_side_by_side(chains: list[list[Schedule]], last: Schedu
     got = launch(pack([schedule.rows(1.0) for schedule in built]), times)
     expected = [[schedule(t, 1.0) for schedule in built] for t in times]
     np.testing.assert_allclose(got, expected, rtol=RELATIVE, atol=1e-290)
+
+
+def test_a_held_table_is_held_to_the_last_bit() -> None:
+    assert set(launch(pack([Table([0.375], 5, interpolate=True).rows(1.0)]), list(range(20)))[:, 0]) == {0.375}
 
 
 def test_lanes_without_a_program_are_zero_and_read_nothing() -> None:

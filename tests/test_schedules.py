@@ -127,6 +127,8 @@ def test_ends_are_exact() -> None:
         assert Warmup(10, shape=shape)(9, base) == Warmup(10, shape=shape)(10**9, base) == base
         assert Warmup(10, shape=shape, offset=0)(0, base) == 0.0
     assert [LinearDecay(0.1)(t, 1.0) for t in (0, 11, 12, 10**9)] == [1.0, 0.0, 0.0, 0.0]
+    # Between its last value and nothing a table interpolates no more: x*0.8 + x*0.2 need not be x.
+    assert {Table([0.375], 5, interpolate=True)(t, 1.0) for t in range(20)} == {0.375}
 
 
 def test_growth_stays_finite() -> None:
