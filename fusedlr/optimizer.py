@@ -242,6 +242,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan, grads, banks = self._gather()
         if not grads:
             return loss
+        for executor in plan.executors:
+            self._t = executor.arrived_clock() or self._t
         scalars = self._scalars()
         knobs = Knobs(
             scalars=scalars,

@@ -97,6 +97,10 @@ class Executor(ABC):
     def decide(self, knobs: Knobs) -> bool:
         """Norms, clip factors and the rows of numbers; whether the host knows that the step is skipped."""
 
+    def arrived_clock(self) -> int | None:
+        """The clock, where news of skipped steps has come from a device since it was last asked; never waits."""
+        return None
+
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         """Update parameters and state in one pass."""

@@ -56,6 +56,35 @@ class _Sent:
         return self.tensor
 
 
+class _ClockMirror:
+    """The device's clock on the host, by copies that arrive when they do: nobody waits for them."""
+
+    __slots__ = ("_event", "_host", "_since")
+
+    def __init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = torch.empty(0)
+        self._since = 0
+
+    def post(self, clock: Tensor) -> None:
+        """Send a copy after a step, unless one is still on its way or a graph is being captured."""
+        if self._event is not None:
+            self._since += 1
+        elif not torch.cuda.is_current_stream_capturing():
+            self._host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self._host.copy_(clock, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            self._since = 0
+
+    def poll(self) -> int | None:
+        """The clock if a copy has arrived, the steps launched since taken as not skipped."""
+        if self._event is None or not self._event.query():
+            return None
+        self._event = None
+        return int(self._host[0]) + self._since
+
+
 class Bucket:
     """Leaves of one device, dtype and rule: what one launch of each kernel treats."""
 
@@ -236,6 +265,7 @@ class TritonExecutor(Executor):
         self._partials: dict[torch.device, Tensor] = {}
         self._n_partials = 0
         self._mode = 0
+        self._mirror = _ClockMirror()
 
     def prepare(self, rules: list[Rule]) -> None:
         keys: dict[tuple[Any, ...], list[int]] = {}
@@ -320,8 +350,18 @@ class TritonExecutor(Executor):
                 )
         if knobs.nonfinite == "raise" and int(self._buckets[0].skip):  # to raise is to wait for the device
             raise FloatingPointError("the gradients hold an inf or NaN, and nonfinite='raise'; nothing was changed")
-        on_host = all(bucket.device.type == "cpu" for bucket in self._buckets)
-        return knobs.nonfinite == "skip" and on_host and bool(self._buckets[0].skip)
+        if knobs.nonfinite != "skip":
+            return False
+        device = self._buckets[0].device
+        if device.type == "cpu":
+            return bool(self._buckets[0].skip)
+        if device.type == "cuda":
+            with _on(device):
+                self._mirror.post(knobs.clock(device))
+        return False
+
+    def arrived_clock(self) -> int | None:
+        return self._mirror.poll()
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         from fusedlr.kernels import launch
