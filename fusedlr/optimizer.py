@@ -243,7 +243,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not grads:
             return loss
         for executor in plan.executors:
-            self._t = executor.arrived_clock() or self._t
+            arrived = executor.arrived_clock()
+            self._t = self._t if arrived is None else arrived
         scalars = self._scalars()
         knobs = Knobs(
             scalars=scalars,
