@@ -90,7 +90,8 @@ def _measure(dtype: torch.dtype, mode: int) -> Kernel:
         "norm_type": "fp32",
     }
     name = f"measure-{_MODES[mode]}-{_SHORT[dtype]}"
-    return Kernel(name, measure, _signature(measure, types, constants), constants, launch.NUM_WARPS, True, dtype.itemsize)
+    signature = _signature(measure, types, constants)
+    return Kernel(name, measure, signature, constants, launch.NUM_WARPS, True, dtype.itemsize)
 
 
 def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard: bool) -> Kernel:

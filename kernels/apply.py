@@ -22,7 +22,7 @@ def update_block(
     g = tl.load(g_ptr + offsets, mask=mask).to(WIDE)
     state = ()
     for i in tl.static_range(len(state_ptrs)):
-        state = state + (tl.load(state_ptrs[i] + offsets, mask=mask).to(WIDE),)
+        state = state + (tl.load(state_ptrs[i] + offsets, mask=mask).to(WIDE),)  # noqa: RUF005
     new = RULE(p, CLIP(g, grad_scale, limit), *state, h)
     tl.store(p_ptr + offsets, ROUND(new[0], P), mask=mask)
     for i in tl.static_range(len(state_ptrs)):
@@ -62,7 +62,7 @@ def apply(
         numbers_ptr = rows_ptr + segment * (FIELDS + 2)
         fields = ()
         for i in tl.static_range(FIELDS):
-            fields = fields + (tl.load(numbers_ptr + i),)
+            fields = fields + (tl.load(numbers_ptr + i),)  # noqa: RUF005
         h = HYPER(*fields)
         grad_scale = tl.load(numbers_ptr + FIELDS)
         limit = tl.load(numbers_ptr + FIELDS + 1)
@@ -75,8 +75,8 @@ def apply(
         fast_ptrs = ()
         for i in tl.static_range(len(S)):
             state_ptr = pointer(tl.load(row + HEAD + i), S[i])
-            state_ptrs = state_ptrs + (state_ptr,)
-            fast_ptrs = fast_ptrs + (tl.multiple_of(state_ptr, 16),)
+            state_ptrs = state_ptrs + (state_ptr,)  # noqa: RUF005
+            fast_ptrs = fast_ptrs + (tl.multiple_of(state_ptr, 16),)  # noqa: RUF005
 
         lanes = tl.arange(0, BLOCK)
         # Full blocks of aligned tensors go without a mask, in 16-byte accesses; the rest, and tensors that somebody

@@ -106,7 +106,7 @@ def current_scalars(
     scalars_ptr, addresses_ptr, values_ptr, n_scalars, tracks_ptr, program_ptr, table_ptr, n_tracks, max_rows, t,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Fill ``values``: the host's numbers, the user's device tensors in place of some, the schedules in place of others."""
+    """Fill ``values``: the host's numbers, with the user's device tensors and the schedules in place of some."""
     lanes = tl.arange(0, LANES)
     for offset in range(0, n_scalars, LANES):
         at = offset + lanes
@@ -206,7 +206,8 @@ def decide(
         step = tl.load(step_ptr, mask=mask, other=0.0).to(tl.float64) + 1.0
         arguments = ()
         for i in tl.static_range(SCALARS):
-            arguments = arguments + (tl.load(values_ptr + group * (SCALARS + 1) + i, mask=mask, other=0.5),)
+            scalar = tl.load(values_ptr + group * (SCALARS + 1) + i, mask=mask, other=0.5)
+            arguments = arguments + (scalar,)  # noqa: RUF005
         sign = tl.load(values_ptr + group * (SCALARS + 1) + SCALARS, mask=mask, other=1.0)
         factor = tl.zeros([LANES], tl.float64) + 1.0
         if SCOPE == GLOBAL:

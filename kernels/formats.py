@@ -14,8 +14,8 @@ def nearest(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def nearest_interpreted(x, DTYPE: tl.constexpr):
-    """``nearest`` where Triton's interpreter runs: its own conversion to bfloat16 cuts digits off instead of rounding."""
-    if DTYPE == tl.bfloat16:
+    """``nearest`` in Triton's interpreter, whose own conversion to bfloat16 cuts digits off instead of rounding."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         even = (bits >> 16) & 1
         rounded = tl.where(x == x, bits + 0x7FFF + even, 0x7FC00000)

@@ -1,4 +1,4 @@
-"""Launches: grids, constants and block sizes, in one place for the backend, the tests and the ahead-of-time compiler."""
+"""Launches: grids, constants and block sizes, in one place for the backend, the tests and aot.py."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def measure(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, WIDTH)
+    _, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, WIDTH)
     g_ptr = pointer(tl.load(row + GRAD), G)
     out_ptr = partials_ptr + first_partial + program
     if MODE == EUCLID:

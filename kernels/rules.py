@@ -41,7 +41,7 @@ class AdamHyper(NamedTuple):
 
 @triton.jit
 def expm1_log(count, base):
-    """base**count - 1 in float64: a series where expm1 would cancel, since libdevice has no place in the interpreter."""
+    """base**count - 1 in float64: a series near 0, since the interpreter has no expm1."""
     safe = tl.where(base > 0.0, base, 0.5)
     x = count * tl.log(safe)
     near = tl.where(x > -0.1, x, -0.1)

@@ -8,6 +8,8 @@ and the right one is selected, so ``schedule_value`` hands harmless numbers to t
 import triton
 import triton.language as tl
 
+__all__ = ["ROW_WIDTH", "schedule_value"]
+
 CONST = tl.constexpr(0)
 LINEAR = tl.constexpr(1)
 COSINE = tl.constexpr(2)

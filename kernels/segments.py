@@ -8,7 +8,7 @@ the segment's number.
 import triton
 import triton.language as tl
 
-__all__ = ["CHUNK", "GRAD", "HEAD", "NUMEL", "PARAM", "pointer"]
+__all__ = ["GRAD", "HEAD", "NUMEL", "PARAM", "chunk_of", "pointer"]
 
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)

@@ -1,0 +1,112 @@
+"""Twins: every reference has a kernel function of the same name, with the same arguments in the same order."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fusedlr
+from fusedlr import clipping as host_clipping
+from fusedlr import optimizers
+from fusedlr import rule as host_rule
+from fusedlr.rule import Rule
+
+pytest.importorskip("triton")
+device_rules: Any = importlib.import_module("fusedlr.kernels.rules")
+device_clipping: Any = importlib.import_module("fusedlr.kernels.clipping")
+
+# Kernel functions without a reference: what the skeleton does to an element, and a strategy without a norm.
+SKELETON = {"scale", "scale_and_clamp", "no_factor"}
+
+
+def family_modules() -> list[Any]:
+    return [
+        importlib.import_module(f"fusedlr.optimizers.{info.name}") for info in pkgutil.iter_modules(optimizers.__path__)
+    ]
+
+
+def find_rules() -> dict[str, Rule]:
+    """Every Rule that a module of fusedlr.optimizers holds, at top level or in a table."""
+    found: dict[str, Rule] = {}
+    for module in family_modules():
+        for value in vars(module).values():
+            held = value.values() if isinstance(value, dict) else [value]
+            found |= {rule.name: rule for rule in held if isinstance(rule, Rule)}
+    return found
+
+
+def arguments(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(getattr(function, "fn", function)).parameters)
+
+
+RULES = find_rules()
+FACTORS = {
+    cls.factor.__name__: cls.factor
+    for cls in (getattr(host_clipping, name) for name in host_clipping.__all__)
+    if inspect.isclass(cls) and cls.factor is not None
+}
+
+
+def test_the_rules_are_found() -> None:
+    assert set(RULES) == {"sgd", "sgd_momentum", "adam", "adam_amsgrad", "adamw", "adamw_amsgrad"}
+    assert set(FACTORS) == {"clip_factor", "normalize_factor"}
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_update_and_row_have_twins(name: str) -> None:
+    rule = RULES[name]
+    for reference in (rule.update, rule.row):
+        twin = getattr(device_rules, reference.__name__)
+        assert twin.__name__ == reference.__name__
+        assert arguments(twin) == arguments(reference)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_the_row_has_the_same_fields(name: str) -> None:
+    hyper = RULES[name].hyper
+    assert getattr(device_rules, hyper.__name__)._fields == hyper._fields
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_arguments_are_the_scalars_and_the_state(name: str) -> None:
+    rule = RULES[name]
+    assert arguments(rule.row) == ["step", *rule.scalars]
+    assert arguments(rule.update) == ["p", "g", *rule.slots, "h"]
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_the_reference_gives_its_own_fields_and_as_much_state_as_it_takes(name: str) -> None:
+    rule = RULES[name]
+    h = rule.row(1, *[0.5] * len(rule.scalars))
+    assert type(h) is rule.hyper
+    x = torch.ones(3)
+    assert len(rule.update(x, x, *[x] * len(rule.slots), h)) == 1 + len(rule.slots)
+
+
+@pytest.mark.parametrize("name", sorted(FACTORS))
+def test_clip_factors_have_twins(name: str) -> None:
+    twin = getattr(device_clipping, name)
+    assert twin.__name__ == name
+    assert arguments(twin) == arguments(FACTORS[name]) == ["norm", "max_norm", "eps"]
+
+
+def test_the_shared_helper_has_a_twin() -> None:
+    assert arguments(device_rules.expm1_log) == arguments(host_rule.expm1_log)
+
+
+def test_no_public_kernel_function_is_without_a_reference() -> None:
+    references = {f.__name__ for rule in RULES.values() for f in (rule.update, rule.row, rule.hyper)}
+    assert set(device_rules.__all__) == references
+    assert set(device_clipping.__all__) - SKELETON == set(FACTORS)
+
+
+def test_every_optimizer_runs_by_a_known_rule() -> None:
+    for name in optimizers.__all__:
+        optimizer = getattr(fusedlr, name)([torch.nn.Parameter(torch.ones(2))], backend="torch")
+        assert optimizer._rule(optimizer.param_groups[0]).name in RULES
