@@ -1,9 +1,7 @@
-"""What users read: README's code, tables, links and commands, and the examples in the docstrings."""
+"""README.md: its code runs, its tables name what exists with its arguments, its links and commands lead somewhere."""
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import inspect
 import re
 from pathlib import Path
@@ -19,9 +17,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 # Rows of the tables: | `Name(arguments)` | ...
 ROWS = re.findall(r"^\| `([A-Z]\w+)\((.*?)\)` \|", README, re.MULTILINE)
-
-# Modules with examples in their docstrings.
-DOCUMENTED = sorted(path for path in (ROOT / "fusedlr").rglob("*.py") if ">>>" in path.read_text(encoding="utf-8"))
 
 matplotlib.use("Agg")
 
@@ -79,17 +74,3 @@ def test_commands_are_targets_of_the_makefile():
     assert commands == ["demo", "test"]
     for target in commands:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-
-
-def test_public_classes_have_examples():
-    for name in fusedlr.__all__:
-        thing = getattr(fusedlr, name)
-        if inspect.isclass(thing) and not inspect.isabstract(thing) and name != "FusedOptimizer":
-            assert ">>>" in (thing.__doc__ or ""), f"fusedlr.{name} has no example in its docstring"
-
-
-@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_docstring_examples(path):
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    failed, attempted = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
-    assert attempted and not failed
