@@ -109,7 +109,7 @@ def test_training_and_validation_text_are_real_and_disjoint(demo):
     assert b"import" in bytes(valid[:1_000_000].tolist())
 
 
-@pytest.mark.parametrize("arguments", [["--warmup", "300"], ["--width", "40"]])
+@pytest.mark.parametrize("arguments", [["--warmup", "250"], ["--width", "40"]])
 def test_arguments_that_make_no_sense(demo, arguments, capsys):
     with pytest.raises(SystemExit) as exit_info:
         demo.parse(arguments)
