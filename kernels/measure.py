@@ -114,7 +114,7 @@ def measure(
         top, nans = largest(g_ptr, start, stop, BLOCK)
         top = tl.where(nans > 0, float("nan"), top)
         if MODE == LARGEST:
-            tl.store(out_ptr, top * 0.0 + 1.0)
+            tl.store(out_ptr, 1.0)
             tl.store(out_ptr + scale_offset, top)
         else:
             usable = (top > 0.0) & (top < float("inf"))

@@ -13,11 +13,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "piece_sum"]
+__all__ = ["combine", "euclidean", "piece_sum"]
 
 # Sums of squares of float32 between these are as exact as float32 is: no square among them overflowed, and the squares
 # that fell below 1e-45 are too small to matter.
 _LEAST, _MOST = 1e-24, 1e38
+# The same for many rows at once: what a row can lose is then below 1e-12 of the whole.
+_LEAST_TOTAL = 1e-20
+ROW = 4096
 
 
 def piece_sum(x: Tensor, norm_type: float) -> tuple[float, float]:
@@ -39,6 +42,28 @@ def piece_sum(x: Tensor, norm_type: float) -> tuple[float, float]:
     return largest, (torch.dot(ratios, ratios) if norm_type == 2.0 else ratios.pow_(norm_type).sum()).item()
 
 
+def euclidean(flats: Iterable[Tensor]) -> float | None:
+    """The sum of squares of float32 or float64 gradients in one pass, or None where it must be found more carefully.
+
+    Rows of 4096 elements are accumulated in the gradients' dtype (rounding: 1e-7 of a row's norm in float32), the rows
+    in float64.
+    """
+    norms = []
+    for x in flats:
+        if x.dtype not in (torch.float32, torch.float64):
+            return None
+        whole = x.numel() // ROW * ROW
+        if whole:
+            norms.append(torch.linalg.vector_norm((x if whole == x.numel() else x[:whole]).view(-1, ROW), dim=1))
+        if whole < x.numel():
+            norms.append(torch.linalg.vector_norm(x[whole:] if whole else x).view(1))
+    if not norms:
+        return 0.0
+    each = torch.cat(norms).double()
+    total = torch.dot(each, each).item()
+    return total if _LEAST_TOTAL < total < math.inf else None
+
+
 def combine(pairs: Iterable[tuple[float, float]], norm_type: float) -> float:
     """The norm that the pieces make together; inf or NaN only if a piece is."""
     pairs = list(pairs)
@@ -47,7 +72,8 @@ def combine(pairs: Iterable[tuple[float, float]], norm_type: float) -> float:
     if norm_type == math.inf:
         return max((scale for scale, _ in pairs), default=0.0)
     top = max((scale for scale, total in pairs if total > 0), default=1.0)
-    total = math.fsum(total * (scale / top) ** norm_type for scale, total in pairs)
+    # A piece of zeros has scale 1, which may be so far above `top` that its power overflows.
+    total = math.fsum(total * (scale / top) ** norm_type for scale, total in pairs if total > 0)
     if norm_type == 2.0:
         return top * math.sqrt(total)
     return math.inf if total == math.inf else top * total ** (1.0 / norm_type)
