@@ -9,8 +9,8 @@ written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,17 @@ from ..gather import in_order
 from ..rule import Rule
 from ..state import Bank, Leaf
 from . import Executor, Knobs
-from .norms import combine, piece_sum
+from .norms import combine, euclidean, piece_sum
 
 __all__ = ["HostExecutor", "reference_update"]
 
-# Elements of a chunk (float32 AdamW: 4 MiB of parameter, gradient and moments), and of the largest tensor gathered.
+# Elements of a piece of a large tensor, and of the largest tensor whose gradient is gathered.
 CHUNK = 1 << 18
-SMALL = 1 << 16
+SMALL = 1 << 13
+# Elements of clipped gradients that are made before the operator that reads them is called: they stay in the cache.
+ROUND = 1 << 19
+# Elements of gathered gradients that are kept from the norm to the update, instead of gathered again.
+KEPT = 1 << 19
 
 _flatten = torch._C._nn.flatten_dense_tensors
 
@@ -43,10 +47,21 @@ def reference_update(
     return rule.update(p.to(wide), -g if maximize else g, *[slot.to(wide) for slot in slots], h)
 
 
+def pieces(x: Tensor) -> Sequence[Tensor]:
+    """A flat tensor in pieces of CHUNK."""
+    return x.split(CHUNK) if x.numel() > CHUNK else (x,)
+
+
+def split(p: Tensor, slots: Sequence[Tensor]) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    """A flat parameter and its state, piece by piece."""
+    params = pieces(p)
+    return list(zip(params, zip(*map(pieces, slots), strict=True) if slots else [()] * len(params), strict=True))
+
+
 class Batch:
     """Leaves that are stepped together: one tensor, or small neighbours of one group whose gradients are gathered."""
 
-    __slots__ = ("first", "leaves", "numel", "ordered", "pads", "param", "plain", "slots", "spans")
+    __slots__ = ("chunks", "first", "leaves", "numel", "ordered", "pads", "param", "plain", "slots", "spans")
 
     def __init__(self, first: int, leaves: list[Leaf]) -> None:
         self.first = first
@@ -61,6 +76,7 @@ class Batch:
             assert home is not None and bank is not None
             self.param = home.piece[home.start : home.start + self.numel]
             self.slots = tuple(slot[origin : origin + self.numel] for slot in bank.slots)
+        self.chunks = split(self.param, self.slots) if self.param is not None else []
         # What follows each gradient up to where the next one starts.
         starts = [start for start, _ in self.spans[1:]]
         gaps = [stop - start - numel for (start, numel), stop in zip(self.spans, starts, strict=False)]
@@ -83,10 +99,6 @@ class Batch:
                 padded += [g] if pad is None else [pad, g]
             mine = padded
         return _flatten(mine)
-
-    def writable(self, g: Tensor) -> bool:
-        """Whether a gradient from ``gradient`` is a scratch."""
-        return len(self.leaves) > 1 or not self.ordered
 
 
 class HostExecutor(Executor):
@@ -140,16 +152,30 @@ class HostExecutor(Executor):
     # ---- measure and decide ------------------------------------------------------------------------------------
 
     def measure(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
-        each_tensor = knobs.scope == "tensor"
         self._pairs, self._kept = [], {}
+        p = knobs.norm_type
+        if knobs.scope == "tensor":
+            for batch in self._batches:
+                g = batch.gradient(grads)
+                self._pairs += [[piece_sum(x, p) for x in pieces(g[start : start + n])] for start, n in batch.spans]
+            return
+        total = euclidean(self._gathered(grads, keep=True)) if p == 2.0 else None
+        if total is None:
+            total_pairs = [piece_sum(x, p) for g in self._gathered(grads, keep=False) for x in pieces(g)]
+        else:
+            total_pairs = [(1.0, total)]
+        self._pairs = [total_pairs]
+
+    def _gathered(self, grads: Sequence[Tensor], keep: bool) -> Iterator[Tensor]:
+        """The gradients batch by batch; the first gathered ones are kept for the update."""
+        kept = 0
         for i, batch in enumerate(self._batches):
             g = batch.gradient(grads)
-            spans = batch.spans if each_tensor else [(0, batch.numel)]
-            for start, numel in spans:
-                pieces = g[start : start + numel].split(CHUNK) if numel != g.numel() or numel > CHUNK else (g,)
-                self._pairs.append([piece_sum(piece, knobs.norm_type) for piece in pieces])
-            if len(batch.leaves) > 1 and len(self._batches) == 1:
-                self._kept[i] = g  # a model of small tensors is gathered once, for the norm and the update
+            if keep and len(batch.leaves) > 1:
+                kept += batch.numel
+                if kept <= KEPT:
+                    self._kept[i] = g
+            yield g
 
     def decide(self, knobs: Knobs) -> bool:
         self._factors, self._skip = None, False
@@ -186,117 +212,135 @@ class HostExecutor(Executor):
         steps = self._steps()
         if any(len(set(values)) > 1 for values in steps.values()) and not self._equal_steps(steps):
             self._make_batches()
+            self._kept = {}
         for span in self._step_spans:
             span.add_(1)
         limit = knobs.clip_numbers[2]
         scalars = [{k: float(v) for k, v in values.items()} for values in knobs.scalars]
         rows: dict[tuple[int, float], Any] = {}
-        whole: dict[tuple[int, float], tuple[Tensor, list[Tensor], list[Tensor], list[tuple[Tensor, ...]]]] = {}
-        leaf_at = 0
+        calls = _Calls(self._rules, scalars, knobs.maximize, limit, self._scratch)
+        position = 0
         for i, batch in enumerate(self._batches):
             leaf = batch.leaves[0]
             rule, group = self._rules[leaf.group], leaf.group
             step = steps[id(leaf.bank)][leaf.bank_index] + 1
-            factors = self._factors_of(batch, leaf_at)
-            leaf_at += len(batch.leaves)
-            aten = rule.aten is not None and leaf.dtype in (torch.float32, torch.float64)
-            p = batch.param if batch.param is not None else in_order(leaf.param.detach(), leaf)
+            factors = self._factors_of(position, len(batch.leaves))
+            position += len(batch.leaves)
             g = self._kept.pop(i, None)
-            g = batch.gradient(grads) if g is None else g
-            if aten and limit == math.inf and all(f == 1.0 for f in factors):
-                assert leaf.step is not None
-                key = (group, step)
-                if key not in whole:
-                    whole[key] = (leaf.step, [], [], [])
-                whole[key][1].append(p)
-                whole[key][2].append(g)
-                whole[key][3].append(batch.slots)
-                if batch.param is None:  # stepped in a dense copy, which must be written back right away
-                    self._flush(whole.pop(key), rule, scalars[group], knobs.maximize[group])
-                    leaf.param.copy_(p.as_strided(leaf.shape, leaf.strides))
-                elif len(batch.leaves) > 1:  # let go of the scratch before the next is gathered
-                    self._flush(whole.pop(key), rule, scalars[group], knobs.maximize[group])
-                continue
+            if g is None:
+                g = batch.gradient(grads)
+            if len(factors) > 1:
+                # Each tensor by its own norm: the gathered gradients are a scratch and may be scaled in place.
+                for (start, numel), f in zip(batch.spans, factors, strict=True):
+                    g[start : start + numel].mul_(f)
+                factors = [1.0]
+            dense = None if batch.param is not None else in_order(leaf.param.detach(), leaf)
+            chunks = batch.chunks if dense is None else split(dense, batch.slots)
+            aten = rule.aten is not None and leaf.dtype in (torch.float32, torch.float64)
             if not aten and (group, step) not in rows:
                 rows[group, step] = rule.row(step, **scalars[group])
-            h = None if aten else rows[group, step]
-            self._update(batch, p, g, factors, limit, h, rule, scalars[group], knobs.maximize[group])
-            if batch.param is None:
-                leaf.param.copy_(p.as_strided(leaf.shape, leaf.strides))
-        for (group, _), lists in whole.items():
-            self._flush(lists, self._rules[group], scalars[group], knobs.maximize[group])
+            if aten:
+                clipped = factors[0] != 1.0 or limit != math.inf
+                if not clipped and dense is None:
+                    calls.add(leaf, step, batch.param, g, batch.slots, 1.0)
+                else:
+                    for (p, slots), gc in zip(chunks, pieces(g), strict=True):
+                        calls.add(leaf, step, p, gc, slots, factors[0])
+            else:
+                h = rows[group, step]
+                for (p, slots), gc in zip(chunks, pieces(g), strict=True):
+                    new = reference_update(rule, p, gc, slots, h, factors[0], limit, knobs.maximize[group])
+                    for old, value in zip((p, *slots), new, strict=True):
+                        old.copy_(value)
+            if dense is not None:  # the parameter's strides leave gaps: it is stepped in a dense copy
+                calls.flush()
+                leaf.param.copy_(dense.as_strided(leaf.shape, leaf.strides))
+        calls.flush()
 
-    def _factors_of(self, batch: Batch, leaf_at: int) -> list[float]:
+    def _factors_of(self, position: int, count: int) -> list[float]:
+        """The clip factor of a batch, or those of its leaves where each tensor has its own."""
         if self._factors is None:
             return [1.0]
-        if len(self._factors) == 1:
-            return self._factors
-        return self._factors[leaf_at : leaf_at + len(batch.leaves)]
-
-    def _flush(
-        self,
-        lists: tuple[Tensor, list[Tensor], list[Tensor], list[tuple[Tensor, ...]]],
-        rule: Rule,
-        scalars: Mapping[str, Any],
-        maximize: bool,
-    ) -> None:
-        """One call of ATen's operator for the tensors whose gradients it may read as they are."""
-        step, params, grads, slots = lists
-        assert rule.aten is not None
-        rule.aten(params, grads, [list(slot) for slot in zip(*slots, strict=True)], step, scalars, maximize)
-
-    def _update(
-        self,
-        batch: Batch,
-        p: Tensor,
-        g: Tensor,
-        factors: list[float],
-        limit: float,
-        h: Any,
-        rule: Rule,
-        scalars: Mapping[str, Any],
-        maximize: bool,
-    ) -> None:
-        """Clip and step one batch, chunk by chunk."""
-        factor = factors[0]
-        if len(factors) > 1:
-            # Each tensor by its own norm: the gathered gradients are a scratch and may be scaled in place.
-            for (start, numel), f in zip(batch.spans, factors, strict=True):
-                if f != 1.0:
-                    g[start : start + numel].mul_(f)
-            factor = 1.0
-        step = batch.leaves[0].step
-        assert step is not None
-        slot_chunks = [slot.split(CHUNK) for slot in batch.slots]
-        for i, (pc, gc) in enumerate(zip(p.split(CHUNK), g.split(CHUNK), strict=True)):
-            slots = [chunks[i] for chunks in slot_chunks]
-            if rule.aten is not None and h is None:
-                gc = self._clipped(gc, factor, limit, batch.writable(g))
-                rule.aten([pc], [gc], [[slot] for slot in slots], step, scalars, maximize)
-            else:
-                new = reference_update(rule, pc, gc, slots, h, factor, limit, maximize)
-                for old, value in zip((pc, *slots), new, strict=True):
-                    old.copy_(value)
-
-    def _clipped(self, g: Tensor, factor: float, limit: float, writable: bool) -> Tensor:
-        """The clipped chunk, in a scratch: gradients are never written."""
-        if factor == 1.0 and limit == math.inf:
-            return g
-        if not writable:
-            if g.dtype not in self._scratch:
-                self._scratch[g.dtype] = torch.empty(CHUNK, dtype=g.dtype)
-            out = self._scratch[g.dtype][: g.numel()]
-        else:
-            out = g
-        if factor != 1.0:
-            g = torch.mul(g, factor, out=out)
-        return g if limit == math.inf else torch.clamp(g, -limit, limit, out=out)
+        return self._factors if len(self._factors) == 1 else self._factors[position : position + count]
 
     def _equal_steps(self, steps: dict[int, list[float]]) -> bool:
         """Whether the leaves of every batch still have taken equally many steps."""
         return all(
             len({steps[id(leaf.bank)][leaf.bank_index] for leaf in batch.leaves}) == 1 for batch in self._batches
         )
+
+
+class _Calls:
+    """Calls of ATen's operators in the making: the tensors of one group and step go into one call."""
+
+    __slots__ = ("_clipped", "_limit", "_lists", "_maximize", "_rules", "_scalars", "_scratch", "_used")
+
+    def __init__(
+        self,
+        rules: list[Rule],
+        scalars: list[dict[str, float]],
+        maximize: list[bool],
+        limit: float,
+        scratch: dict[torch.dtype, Tensor],
+    ) -> None:
+        self._rules = rules
+        self._scalars = scalars
+        self._maximize = maximize
+        self._limit = limit
+        self._scratch = scratch
+        self._used = 0
+        self._lists: dict[tuple[int, float], _Lists] = {}
+        self._clipped = 0
+
+    def add(
+        self, leaf: Leaf, step: float, p: Tensor | None, g: Tensor, slots: Sequence[Tensor], factor: float
+    ) -> None:
+        """Put a piece into the call of its group and step."""
+        assert p is not None
+        if factor != 1.0 or self._limit != math.inf:
+            if self._clipped + g.numel() > ROUND:
+                self.flush()
+            self._clipped += g.numel()
+        lists = self._lists.get((leaf.group, step))
+        if lists is None:
+            lists = self._lists[leaf.group, step] = _Lists(leaf, [], [], [], [])
+        lists.params.append(p)
+        lists.grads.append(g)
+        lists.slots.append(slots)
+        lists.factors.append(factor)
+
+    def flush(self) -> None:
+        """Clip and make the calls; the scratch is free again."""
+        for (group, _), lists in self._lists.items():
+            aten = self._rules[group].aten
+            assert aten is not None and lists.leaf.step is not None
+            grads = [self._clip(g, f) for g, f in zip(lists.grads, lists.factors, strict=True)]
+            state = [list(slot) for slot in zip(*lists.slots, strict=True)]
+            aten(lists.params, grads, state, lists.leaf.step, self._scalars[group], self._maximize[group])
+        self._lists.clear()
+        self._clipped = 0
+        self._used = 0
+
+    def _clip(self, g: Tensor, factor: float) -> Tensor:
+        """The clipped piece, in the scratch: gradients are never written."""
+        if factor == 1.0 and self._limit == math.inf:
+            return g
+        scratch = self._scratch.get(g.dtype)
+        if scratch is None:
+            scratch = self._scratch[g.dtype] = torch.empty(ROUND, dtype=g.dtype)
+        start = self._used
+        self._used += g.numel()
+        out = scratch[start : self._used]
+        g = torch.mul(g, factor, out=out) if factor != 1.0 else g
+        return g if self._limit == math.inf else torch.clamp(g, -self._limit, self._limit, out=out)
+
+
+class _Lists(NamedTuple):
+    leaf: Leaf
+    params: list[Tensor]
+    grads: list[Tensor]
+    slots: list[Sequence[Tensor]]
+    factors: list[float]
 
 
 def _continues(run: list[Leaf], leaf: Leaf, rules: list[Rule], steps: dict[int, list[float]]) -> bool:
