@@ -168,8 +168,8 @@ def reference(
 
 
 # The kernel and the reference do the same operations in the same order. The interpreter rounds each of them, as PyTorch
-# does, whose square root on the CPU alone is an ulp off for some numbers: one ulp in the root, one in the quotient by
-# it. A GPU fuses products into sums, which moves each of the at most eight roundings by half an ulp of the largest term.
+# does, whose square root on the CPU alone is an ulp off for some numbers: one ulp in the root, one in the quotient.
+# A GPU fuses products into sums, which moves each of the at most eight roundings by half an ulp of the largest term.
 ULPS = 2 if launch.INTERPRETED else 8
 
 
