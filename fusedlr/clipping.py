@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
@@ -37,7 +36,7 @@ class Clip(ABC):
     """What all clipping strategies have; use one of the classes below."""
 
     scope: ClassVar[str | None] = None  # "global", "tensor", or None where no norm is measured
-    factor: ClassVar[Callable[[Any, Any, Any], Any] | None] = None
+    factor: ClassVar[Any] = None
 
     @property
     @abstractmethod
@@ -48,7 +47,7 @@ class Clip(ABC):
 def _positive(name: str, value: Any, *, allow_inf: bool = False, allow_zero: bool = False) -> float:
     """The value as a float, or a ValueError that names it and the range."""
     bounds = f"{'>= 0' if allow_zero else '> 0'}{'' if allow_inf else ' and finite'}"
-    if isinstance(value, (bool, str)) or not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+    if isinstance(value, (bool, str)) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
         raise TypeError(f"{name} must be a number {bounds}, but got {value!r}")
     number = float(value)
     inside = number >= 0 if allow_zero else number > 0
@@ -93,7 +92,7 @@ class GlobalNorm(Clip):
     norm_type: float = 2.0
     eps: float = 1e-6
     scope: ClassVar[str | None] = "global"
-    factor: ClassVar[Callable[[Any, Any, Any], Any] | None] = staticmethod(clip_factor)
+    factor: ClassVar[Any] = staticmethod(clip_factor)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_norm", _positive("max_norm", self.max_norm, allow_inf=True))
@@ -133,7 +132,7 @@ class TensorNorm(Clip):
     norm_type: float = 2.0
     eps: float = 1e-6
     scope: ClassVar[str | None] = "tensor"
-    factor: ClassVar[Callable[[Any, Any, Any], Any] | None] = staticmethod(clip_factor)
+    factor: ClassVar[Any] = staticmethod(clip_factor)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_norm", _positive("max_norm", self.max_norm, allow_inf=True))
@@ -201,7 +200,7 @@ class Normalize(Clip):
     scope: str = "tensor"  # type: ignore[misc]  # a field here, a constant in the others
     eps: float = 1e-6
     norm_type: float = field(default=2.0, init=False, repr=False)
-    factor: ClassVar[Callable[[Any, Any, Any], Any] | None] = staticmethod(normalize_factor)
+    factor: ClassVar[Any] = staticmethod(normalize_factor)
 
     def __post_init__(self) -> None:
         if self.scope not in ("tensor", "global"):

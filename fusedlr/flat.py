@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 __all__ = ["Home", "aligned", "dense_strides", "memory_view", "own_view", "rehome"]
 
@@ -82,7 +82,9 @@ def can_move(p: Tensor) -> bool:
     data = p.data
     if type(data) is not Tensor or data.layout != torch.strided or data.device.type not in ("cpu", "cuda", "xpu"):
         return False
-    if not p.requires_grad or p.is_inference() or not data.is_floating_point() or data.numel() == 0 or not is_dense(data):
+    if not p.requires_grad or p.is_inference() or not data.is_floating_point():
+        return False
+    if data.numel() == 0 or not is_dense(data):
         return False
     if data.device.type == "cpu" and (data.is_shared() or (torch.cuda.is_initialized() and data.is_pinned())):
         return False
@@ -94,7 +96,7 @@ def can_move(p: Tensor) -> bool:
 
 
 def _holders(storage: torch.UntypedStorage) -> int:
-    return torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined, no-any-return]
+    return torch._C._storage_Use_Count(storage._cdata)
 
 
 def _pieces(params: list[Tensor]) -> Iterator[list[Tensor]]:

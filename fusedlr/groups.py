@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .clipping import Clip
 from .schedules import Schedule
+from .schedules.program import Row
+from .schedules.program import value as value_at
 
 __all__ = ["GROUP_KEY", "ScheduleArg", "Scheduled", "as_schedules", "read", "scheduled_scalars", "write"]
 
@@ -54,10 +56,12 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
         )
     for name, value in schedule.items():
         if name not in (*names, "max_norm"):
-            raise ValueError(f"schedule has the unknown scalar {name!r}; expected one of {sorted({*names, 'max_norm'})}")
+            known = sorted({*names, "max_norm"})
+            raise ValueError(f"schedule has the unknown scalar {name!r}; expected one of {known}")
         if not isinstance(value, Schedule):
             raise TypeError(
-                f"schedule[{name!r}] must be a schedule of fusedlr.schedules, but got {value!r} ({type(value).__name__})"
+                f"schedule[{name!r}] must be a schedule of fusedlr.schedules, "
+                f"but got {value!r} ({type(value).__name__})"
             )
     if "max_norm" in schedule and not hasattr(clip, "max_norm"):
         raise ValueError(f"schedule['max_norm'] needs a clip with a max_norm, such as clip=1.0, but clip is {clip!r}")
@@ -67,46 +71,50 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
 class Scheduled:
     """One scheduled scalar of one group."""
 
-    __slots__ = ("_version", "group", "name", "schedule")
+    __slots__ = ("_rows", "_rows_base", "_version", "group", "name", "schedule")
 
     def __init__(self, group: dict[str, Any], name: str, schedule: Schedule) -> None:
         self.group = group
         self.name = name
         self.schedule = schedule
         self._version: int | None = None
-        value = read(group, name)
+        self._rows: list[Row] = []
+        self._rows_base: float | None = None
+        current = read(group, name)
         marks = group[GROUP_KEY]
         if name == "lr":
-            group.setdefault("initial_lr", float(value))
+            group.setdefault("initial_lr", float(current))
         else:
-            marks["base"].setdefault(name, float(value))
-        marks["written"].setdefault(name, float(value))
+            marks["base"].setdefault(name, float(current))
+        marks["written"].setdefault(name, float(current))
         # A tensor rounds what is written into it, so it is compared with the mark in its own dtype.
-        if isinstance(value, Tensor) and value.item() == value.new_tensor(marks["written"][name]).item():
-            self._version = value._version
+        if isinstance(current, Tensor) and current.item() == current.new_tensor(marks["written"][name]).item():
+            self._version = current._version
         self.at(0)  # a base below the schedule's minimum is an error now, not at the first step
 
     @property
     def base(self) -> float:
         """The value the schedule starts from."""
-        value = self.group["initial_lr"] if self.name == "lr" else self.group[GROUP_KEY]["base"][self.name]
-        return float(value)
+        return float(self.group["initial_lr"] if self.name == "lr" else self.group[GROUP_KEY]["base"][self.name])
 
     def overridden(self) -> bool:
         """Whether somebody else wrote the scalar since fusedlr did."""
-        value = read(self.group, self.name)
-        if isinstance(value, Tensor):  # its version counts the writes, without waiting for a device
-            return value._version != self._version
-        return bool(value != self.group[GROUP_KEY]["written"][self.name])
+        current = read(self.group, self.name)
+        if isinstance(current, Tensor):  # its version counts the writes, without waiting for a device
+            return current._version != self._version
+        return bool(current != self.group[GROUP_KEY]["written"][self.name])
 
     def at(self, t: int) -> float:
-        """The scheduled value at step t."""
-        return self.schedule(t, self.base)
+        """The scheduled value at step t; the rows are made again only when the base changes."""
+        base = self.base
+        if base != self._rows_base:
+            self._rows, self._rows_base = self.schedule.rows(base), base
+        return value_at(self._rows, t)
 
-    def show(self, value: float) -> None:
+    def show(self, used: float) -> None:
         """Write the value that a step used into the group."""
-        write(self.group, self.name, value)
-        self.group[GROUP_KEY]["written"][self.name] = value
+        write(self.group, self.name, used)
+        self.group[GROUP_KEY]["written"][self.name] = used
         current = read(self.group, self.name)
         if isinstance(current, Tensor):
             self._version = current._version

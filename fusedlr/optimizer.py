@@ -1,4 +1,4 @@
-"""FusedOptimizer: what every optimizer of fusedlr shares. A step gathers, and hands the rest to a backend's three verbs."""
+"""FusedOptimizer: what all optimizers share. A step gathers, and hands the rest to a backend's three verbs."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         known = {id(leaf.param): leaf for leaf in self._leaves}
         params = [p for group in self.param_groups for p in group["params"]]
         homes = rehome(p for p in params if id(p) not in known) if self._flatten else {}
-        leaves = []
+        leaves: list[Leaf] = []
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
                 leaf = known.get(id(p)) or Leaf(p, 0, g, homes.get(id(p)))
@@ -274,8 +274,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _gather(self) -> tuple[Plan, list[Tensor], list[Bank]]:
         """The active parameters, their gradients, and state for all of them; everything that can fail fails here."""
         params = self._params
-        registered = chain.from_iterable(group["params"] for group in self.param_groups)
-        if sum(len(group["params"]) for group in self.param_groups) != len(params) or not all(map(is_, registered, params)):
+        lists = [group["params"] for group in self.param_groups]
+        if sum(map(len, lists)) != len(params) or not all(map(is_, chain.from_iterable(lists), params)):
             self._register()
             params = self._params
         rules = [self._rule(group) for group in self.param_groups]
@@ -317,7 +317,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(executors) > 1 and needs_all:
             raise ValueError(
                 "clip and nonfinite need all gradients on one kind of device: a norm over both the CPU and a GPU would "
-                "have to wait for the GPU in every step; use one optimizer for the CPU's parameters and one for the GPU's"
+                "have to wait for the GPU in every step; use one optimizer for the parameters of each"
             )
 
     def _clock(self, device: torch.device) -> Tensor:
@@ -360,7 +360,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._t or not banks or not all(self._schedules):
             return False
         return all(
-            any(s.name == "lr" and s.overridden() for s in scheduled) and not isinstance(lr, Tensor) and lr == 0
+            any(s.name == "lr" and s.overridden() for s in scheduled)
+            and not (isinstance(lr, Tensor) and lr.device.type != "cpu")
+            and lr == 0
             for scheduled, lr in zip(self._schedules, (group["lr"] for group in self.param_groups), strict=True)
         )
 
@@ -386,8 +388,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if leaf.bank is None or not leaf.fits(rules[leaf.group]):
                 continue
             entry = self.state.get(leaf.param) or {}
-            if any(entry.get(name) is None or entry[name].data_ptr() != view.data_ptr() or entry[name].shape != view.shape
-                   for name, view in entry_views(leaf).items()):  # fmt: skip
+            if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
                 check_entry(leaf, entry, rules[leaf.group])
                 changed.append((leaf, entry))
         for leaf, entry in changed:
@@ -423,6 +424,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if own is not None:
             checkpoint.revive(self, own)
+
+
+def _is_view(value: Any, view: Tensor) -> bool:
+    """Whether a state entry still is the bank's own memory."""
+    return isinstance(value, Tensor) and value.data_ptr() == view.data_ptr() and value.shape == view.shape
 
 
 def _run(plan: Plan, grads: list[Tensor], knobs: Knobs) -> bool:

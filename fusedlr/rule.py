@@ -13,7 +13,9 @@ from torch import Tensor
 __all__ = ["AtenRule", "Rule", "expm1_log", "sqrt"]
 
 # (params, grads, [state lists in slot order], step, scalars by name, maximize) -> None, in place.
-AtenRule = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[Tensor]], Tensor, Mapping[str, Any], bool], None]
+AtenRule = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[Tensor]], Tensor, Mapping[str, Any], bool], None
+]
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,8 @@ def check_entry(leaf: Leaf, entry: Any, rule: Rule) -> None:
     """Raise a ValueError that says what is wrong with a state entry, before anything is changed."""
     where = f"the state of parameter {leaf.index}"
     if not isinstance(entry, MutableMapping):
-        raise ValueError(f"{where} must be a dict with the keys {('step', *rule.slots)}, but got {type(entry).__name__}")
+        keys = ("step", *rule.slots)
+        raise ValueError(f"{where} must be a dict with the keys {keys}, but got {type(entry).__name__}")
     for name in rule.slots:
         value = entry.get(name)
         if value is None:

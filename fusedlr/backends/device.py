@@ -78,12 +78,15 @@ class DeviceExecutor(Executor):
             rule = self._rules[leaf.group]
             p = leaf.flat if leaf.flat is not None else in_order(leaf.param.detach(), leaf)
             step = leaf.step + 1
-            scalars = {k: v.to(leaf.device) if isinstance(v, Tensor) else v for k, v in knobs.scalars[leaf.group].items()}
+            values = knobs.scalars[leaf.group].items()
+            scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
             h = rule.row(step.double(), **scalars)
             factor = 1.0 if self._factors is None else self._factors[i].to(leaf.device)
             new = reference_update(rule, p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group])
             for old, value in zip((leaf.step, p, *leaf.slots), (step, *new), strict=True):
-                old.copy_(value if self._skip is None else torch.where(self._skip.to(leaf.device), old.to(value.dtype), value))
+                if self._skip is not None:
+                    value = torch.where(self._skip.to(leaf.device), old.to(value.dtype), value)
+                old.copy_(value)
             if leaf.flat is None:
                 leaf.param.copy_(p.as_strided(leaf.shape, leaf.strides))
 
@@ -92,10 +95,12 @@ def _norm(x: Tensor, norm_type: float) -> Tensor:
     """The p-norm in float64; divided by the largest magnitude first, where powers of it could leave the range."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=x.device)
-    if norm_type == 2.0 and x.dtype != torch.float64:
-        return torch.linalg.vector_norm(x, 2.0, dtype=torch.float64)
-    largest = torch.linalg.vector_norm(x, math.inf, dtype=torch.float64)
+    narrow = x.dtype != torch.float64
+    x = x.double().flatten()
+    if norm_type == 2.0 and narrow:
+        return torch.as_tensor(x.norm(2.0))
+    largest = x.abs().max()
     if norm_type == math.inf:
         return largest
     usable = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    return usable * torch.linalg.vector_norm(x.double() / usable, norm_type)
+    return usable * torch.as_tensor((x / usable).norm(norm_type))

@@ -29,7 +29,7 @@ def piece_sum(x: Tensor, norm_type: float) -> tuple[float, float]:
         x = x.float()
     if norm_type == 2.0:
         total = torch.dot(x, x).item()
-        if (_LEAST < total < _MOST) or total == 0.0 and not x.any():
+        if (_LEAST < total < _MOST) or (total == 0.0 and not x.any()):
             return 1.0, total
     if x.numel() == 0:
         return 1.0, 0.0

@@ -186,7 +186,7 @@ class HostExecutor(Executor):
         if knobs.nonfinite != "propagate" and not math.isfinite(norm):
             if knobs.nonfinite == "raise":
                 raise FloatingPointError(
-                    f"the gradients hold an inf or NaN (their norm is {norm}), and nonfinite='raise'; nothing was changed"
+                    f"the gradients hold an inf or NaN (norm {norm}), and nonfinite='raise'; nothing was changed"
                 )
             self._skip = True
         elif knobs.scope is not None:
@@ -356,7 +356,9 @@ def _continues(run: list[Leaf], leaf: Leaf, rules: list[Rule], steps: dict[int, 
     if leaf.home.start - run[0].home.start != leaf.bank_start - run[0].bank_start:  # type: ignore[union-attr]
         return False
     taken = steps[id(bank)]
-    return taken[leaf.bank_index] == taken[last.bank_index] and leaf.bank_start + leaf.numel - run[0].bank_start <= CHUNK
+    if taken[leaf.bank_index] != taken[last.bank_index]:
+        return False
+    return leaf.bank_start + leaf.numel - run[0].bank_start <= CHUNK
 
 
 def _step_spans(leaves: Sequence[Leaf]) -> Iterator[Tensor]:

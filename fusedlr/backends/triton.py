@@ -8,7 +8,7 @@ sees that it changed. On CPU tensors the same code runs in Triton's interpreter.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ class _Sent:
         self.tensor: Tensor = torch.empty(0)
 
     def update(self, array: np.ndarray[Any, Any]) -> Tensor:
-        if self._host is None or self._host.shape != array.shape or not np.array_equal(self._host, array, equal_nan=True):
+        if self._host is None or not np.array_equal(self._host, array, equal_nan=array.dtype == np.float64):
             self.tensor = _send(array, self._device)
             self._host = array.copy()
         return self.tensor
@@ -186,7 +186,7 @@ class Bucket:
         self._staged = []
 
     def scalars(self, knobs: Knobs) -> tuple[Tensor, Tensor]:
-        """The groups' scalars, each group's sign behind them and the clip's numbers last; and the tensors among them."""
+        """The groups' scalars, a sign behind each group's and the clip's numbers last; the tensors among them."""
         width = len(self.rule.scalars) + 1
         values = np.zeros(len(knobs.scalars) * width + 3)
         addresses = np.zeros(values.shape, dtype=np.int64)
@@ -243,7 +243,7 @@ class Bucket:
 def _waves(leaves: Sequence[Leaf]) -> list[int]:
     """Which launch treats each leaf: the first, unless its parameter overlaps in memory with one of that launch.
 
-    Parameters that share memory are stepped one after the other, as torch.optim does; programs of one launch would race.
+    Parameters that share memory are stepped one after the other, as torch.optim does; a launch's programs would race.
     """
     waves = [0] * len(leaves)
     ends: dict[tuple[str, int], int] = {}

@@ -61,9 +61,9 @@ def _aten_sgd(
     maximize: bool,
 ) -> None:
     torch._fused_sgd_(
-        params,
-        grads,
-        state[0] if state else [],
+        list(params),
+        list(grads),
+        list(state[0]) if state else [],
         weight_decay=scalars["weight_decay"],
         momentum=scalars["momentum"],
         lr=scalars["lr"],
