@@ -230,7 +230,9 @@ class HostExecutor(Executor):
             if g is None:
                 g = batch.gradient(grads)
             if len(factors) > 1:
-                # Each tensor by its own norm: the gathered gradients are a scratch and may be scaled in place.
+                # Each tensor by its own norm: the gathered gradients are a scratch and may be scaled in place, 16-bit
+                # ones in float32, or they would be rounded once more.
+                g = g.float() if g.dtype in (torch.bfloat16, torch.float16) else g
                 for (start, numel), f in zip(batch.spans, factors, strict=True):
                     g[start : start + numel].mul_(f)
                 factors = [1.0]
