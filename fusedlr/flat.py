@@ -13,11 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["Home", "aligned", "dense_strides", "memory_view", "own_view", "rehome"]
 
 _PIECE_BYTES = 256 << 20
 _SMALLEST_PIECE_BYTES = 1 << 20
+
+# Where parameters were moved to, by which another optimizer knows that their memory is ours.
+_moved = WeakTensorKeyDictionary()
 
 
 class Home(NamedTuple):
@@ -91,6 +95,9 @@ def can_move(p: Tensor) -> bool:
     storage = data.untyped_storage()
     if data.storage_offset() != 0 or storage.nbytes() != data.numel() * data.element_size():
         return False
+    # Memory that torch cannot resize may belong to somebody else, such as a NumPy array, unless we put it there.
+    if not storage.resizable() and _moved.get(p) != data.data_ptr():
+        return False
     # p, `data` and `storage` itself hold the storage; one holder more is a view of it somewhere else.
     return _holders(storage) <= 3
 
@@ -128,4 +135,5 @@ def _fill(batch: list[Tensor], homes: dict[int, Home]) -> None:
         piece[start : start + p.numel()].copy_(memory_view(data))
         p.data = own_view(piece, start, p.numel(), data.shape, data.stride())
         homes[id(p)] = Home(piece, start)
+        _moved[p] = p.data_ptr()
         start += size
