@@ -7,26 +7,28 @@ varies from step to step (the rows, the decision to skip) is read from device me
 import triton
 import triton.language as tl
 
-from .segments import GRAD, HEAD, PARAM, chunk_of, pointer
+from .segments import GRAD, HEAD, PARAM, block_of, chunk_of, pointer
 
 __all__ = ["apply"]
 
 
 @triton.jit
 def update_block(
-    p_ptr, g_ptr, state_ptrs, offsets, mask, h, grad_scale, limit,
+    p_ptr, g_ptr, state_ptrs, offset, lanes, mask, h, grad_scale, limit, ALIGNED: tl.constexpr,
     RULE: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, P: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block: everything is loaded before anything is stored."""
-    p = tl.load(p_ptr + offsets, mask=mask).to(WIDE)
-    g = tl.load(g_ptr + offsets, mask=mask).to(WIDE)
+    p_ptrs = block_of(p_ptr, offset, ALIGNED) + lanes
+    p = tl.load(p_ptrs, mask=mask).to(WIDE)
+    g = tl.load(block_of(g_ptr, offset, ALIGNED) + lanes, mask=mask).to(WIDE)
     state = ()
     for i in tl.static_range(len(state_ptrs)):
-        state = state + (tl.load(state_ptrs[i] + offsets, mask=mask).to(WIDE),)  # noqa: RUF005
+        loaded = tl.load(block_of(state_ptrs[i], offset, ALIGNED) + lanes, mask=mask)
+        state = state + (loaded.to(WIDE),)  # noqa: RUF005
     new = RULE(p, CLIP(g, grad_scale, limit), *state, h)
-    tl.store(p_ptr + offsets, ROUND(new[0], P), mask=mask)
+    tl.store(p_ptrs, ROUND(new[0], P), mask=mask)
     for i in tl.static_range(len(state_ptrs)):
-        tl.store(state_ptrs[i] + offsets, ROUND(new[i + 1], S[i]), mask=mask)
+        tl.store(block_of(state_ptrs[i], offset, ALIGNED) + lanes, ROUND(new[i + 1], S[i]), mask=mask)
 
 
 def _name(specialization):
@@ -72,11 +74,8 @@ def apply(
         p_ptr = pointer(p_address, P)
         g_ptr = pointer(g_address, G)
         state_ptrs = ()
-        fast_ptrs = ()
         for i in tl.static_range(len(S)):
-            state_ptr = pointer(tl.load(row + HEAD + i), S[i])
-            state_ptrs = state_ptrs + (state_ptr,)  # noqa: RUF005
-            fast_ptrs = fast_ptrs + (tl.multiple_of(state_ptr, 16),)  # noqa: RUF005
+            state_ptrs = state_ptrs + (pointer(tl.load(row + HEAD + i), S[i]),)  # noqa: RUF005
 
         lanes = tl.arange(0, BLOCK)
         # Full blocks of aligned tensors go without a mask, in 16-byte accesses; the rest, and tensors that somebody
@@ -85,13 +84,13 @@ def apply(
         full = tl.where(aligned, start + (stop - start) // BLOCK * BLOCK, start)
         for offset in range(start, full, BLOCK):
             update_block(
-                tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16), fast_ptrs, offset + lanes, None, h, grad_scale,
-                limit, RULE, CLIP, ROUND, P, S, WIDE,
+                p_ptr, g_ptr, state_ptrs, offset, lanes, None, h, grad_scale, limit, True,
+                RULE, CLIP, ROUND, P, S, WIDE,
             )  # fmt: skip
         # One element a thread: eight addresses of each array would cost more registers than the loop above needs.
         few = tl.arange(0, TAIL)
         for offset in range(full, stop, TAIL):
             update_block(
-                p_ptr, g_ptr, state_ptrs, offset + few, offset + few < stop, h, grad_scale, limit, RULE, CLIP,
-                ROUND, P, S, WIDE,
+                p_ptr, g_ptr, state_ptrs, offset, few, offset + few < stop, h, grad_scale, limit, False,
+                RULE, CLIP, ROUND, P, S, WIDE,
             )  # fmt: skip

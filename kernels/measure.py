@@ -6,7 +6,7 @@ A partial is a pair (scale, sum) in float64: the chunk's share of ``sum |g|^p`` 
 import triton
 import triton.language as tl
 
-from .segments import GRAD, chunk_of, pointer
+from .segments import GRAD, block_of, chunk_of, pointer
 
 __all__ = ["EUCLID", "LARGEST", "POWER", "measure"]
 
@@ -39,7 +39,7 @@ def add_squares(x, low, middle, high):
 
 
 @triton.jit
-def euclid(g_ptr, fast_ptr, start, stop, BLOCK: tl.constexpr):
+def euclid(g_ptr, start, stop, BLOCK: tl.constexpr):
     """The sum of squares of a chunk, in float64."""
     lanes = tl.arange(0, BLOCK)
     low = tl.zeros([BLOCK], tl.float32)
@@ -49,7 +49,7 @@ def euclid(g_ptr, fast_ptr, start, stop, BLOCK: tl.constexpr):
     aligned = (g_ptr.to(tl.int64, bitcast=True) & 15) == 0
     full = tl.where(aligned, start + (stop - start) // BLOCK * BLOCK, start)
     for offset in range(start, full, BLOCK):
-        x = tl.load(fast_ptr + offset + lanes).to(tl.float32)
+        x = tl.load(block_of(g_ptr, offset, True) + lanes).to(tl.float32)
         low, middle, high = add_squares(x, low, middle, high)
     for offset in range(full, stop, BLOCK):
         x = tl.load(g_ptr + offset + lanes, mask=offset + lanes < stop, other=0.0).to(tl.float32)
@@ -108,7 +108,7 @@ def measure(
     g_ptr = pointer(tl.load(row + GRAD), G)
     out_ptr = partials_ptr + first_partial + program
     if MODE == EUCLID:
-        tl.store(out_ptr, euclid(g_ptr, tl.multiple_of(g_ptr, 16), start, stop, BLOCK))
+        tl.store(out_ptr, euclid(g_ptr, start, stop, BLOCK))
         tl.store(out_ptr + scale_offset, 1.0)
     else:
         top, nans = largest(g_ptr, start, stop, BLOCK)

@@ -8,7 +8,7 @@ the segment's number.
 import triton
 import triton.language as tl
 
-__all__ = ["GRAD", "HEAD", "NUMEL", "PARAM", "chunk_of", "pointer"]
+__all__ = ["GRAD", "HEAD", "NUMEL", "PARAM", "block_of", "chunk_of", "pointer"]
 
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
@@ -23,12 +23,20 @@ def pointer(address, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def block_of(ptr, offset, ALIGNED: tl.constexpr):
+    """Where a block starts. Told that it is aligned, the compiler loads 16 bytes at once; it cannot see it by itself."""
+    block_ptr = ptr + offset
+    if ALIGNED:
+        block_ptr = tl.multiple_of(block_ptr, 16)
+    return block_ptr
+
+
+@triton.jit
 def chunk_of(segments_ptr, chunks_ptr, program, chunk_size, WIDTH: tl.constexpr):
     """(number of the segment, its row in the table, first and one past the last element of the chunk)."""
     segment = tl.load(chunks_ptr + 2 * program)
     row = segments_ptr + segment.to(tl.int64) * WIDTH
-    # A chunk is a multiple of the block; the compiler must know it to load 16 bytes at once.
-    start = tl.multiple_of(tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * chunk_size, 16)
+    start = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * chunk_size
     numel = tl.load(row + NUMEL)
     stop = tl.minimum(start + chunk_size, numel)
     return segment, row, start, stop
