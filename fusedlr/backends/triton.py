@@ -241,19 +241,39 @@ class Bucket:
 
 
 def _waves(leaves: Sequence[Leaf]) -> list[int]:
-    """Which launch treats each leaf: the first, unless its parameter overlaps in memory with one of that launch.
+    """Which wave of launches treats each leaf: one after those of all earlier leaves whose memory it overlaps.
 
-    Parameters that share memory are stepped one after the other, as torch.optim does; a launch's programs would race.
+    Parameters that share memory are stepped in their order, as torch.optim does; programs of one launch would race.
     """
+    spans = [_span(leaf) for leaf in leaves]
     waves = [0] * len(leaves)
-    ends: dict[tuple[str, int], int] = {}
-    for i in sorted(range(len(leaves)), key=lambda i: (leaves[i].ptr, i)):
-        leaf = leaves[i]
-        extent = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.param.stride(), strict=True)) if leaf.numel else 0
-        while ends.get((str(leaf.device), waves[i]), 0) > leaf.ptr and leaf.numel:
-            waves[i] += 1
-        ends[str(leaf.device), waves[i]] = leaf.ptr + extent * leaf.dtype.itemsize
+    neighbours: list[int] = []  # leaves that hang together by overlaps: hardly ever more than one
+    end: tuple[str, int] = ("", 0)
+    for i in sorted(
+        (i for i, leaf in enumerate(leaves) if leaf.numel), key=lambda i: (str(leaves[i].device), spans[i])
+    ):
+        device = str(leaves[i].device)
+        if device != end[0] or spans[i][0] >= end[1]:
+            _order(neighbours, spans, waves)
+            neighbours, end = [], (device, 0)
+        neighbours.append(i)
+        end = device, max(end[1], spans[i][1])
+    _order(neighbours, spans, waves)
     return waves
+
+
+def _span(leaf: Leaf) -> tuple[int, int]:
+    """The first address of a leaf's parameter and the one behind its last."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(leaf.shape, leaf.param.stride(), strict=True))
+    return leaf.ptr, leaf.ptr + extent * leaf.dtype.itemsize
+
+
+def _order(neighbours: list[int], spans: Sequence[tuple[int, int]], waves: list[int]) -> None:
+    """Set the waves of leaves on one device that may overlap."""
+    neighbours = sorted(neighbours)
+    for at, i in enumerate(neighbours[1:], start=1):
+        overlapped = [waves[j] for j in neighbours[:at] if spans[j][0] < spans[i][1] and spans[i][0] < spans[j][1]]
+        waves[i] = max(overlapped, default=-1) + 1
 
 
 class TritonExecutor(Executor):
@@ -271,7 +291,8 @@ class TritonExecutor(Executor):
         keys: dict[tuple[Any, ...], list[int]] = {}
         for i, (leaf, wave) in enumerate(zip(self.leaves, _waves(self.leaves), strict=True)):
             keys.setdefault((wave, str(leaf.device), leaf.dtype, rules[leaf.group].name), []).append(i)
-        self._buckets = [Bucket([self.leaves[i] for i in at], at, rules) for at in keys.values()]
+        by_wave = sorted(keys.items(), key=lambda item: int(item[0][0]))
+        self._buckets = [Bucket([self.leaves[i] for i in at], at, rules) for _, at in by_wave]
         for bucket in self._buckets:
             bucket.place(self._n_partials)
             self._n_partials += bucket.n_chunks
