@@ -15,20 +15,21 @@ __all__ = ["apply"]
 @triton.jit
 def update_block(
     p_ptr, g_ptr, state_ptrs, offset, lanes, mask, h, grad_scale, limit, ALIGNED: tl.constexpr,
-    RULE: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, P: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr,
+    RULE: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
+    SLOTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block: everything is loaded before anything is stored."""
     p_ptrs = block_of(p_ptr, offset, ALIGNED) + lanes
     p = tl.load(p_ptrs, mask=mask).to(WIDE)
     g = tl.load(block_of(g_ptr, offset, ALIGNED) + lanes, mask=mask).to(WIDE)
     state = ()
-    for i in tl.static_range(len(state_ptrs)):
+    for i in tl.static_range(SLOTS):
         loaded = tl.load(block_of(state_ptrs[i], offset, ALIGNED) + lanes, mask=mask)
         state = state + (loaded.to(WIDE),)  # noqa: RUF005
     new = RULE(p, CLIP(g, grad_scale, limit), *state, h)
     tl.store(p_ptrs, ROUND(new[0], P), mask=mask)
-    for i in tl.static_range(len(state_ptrs)):
-        tl.store(block_of(state_ptrs[i], offset, ALIGNED) + lanes, ROUND(new[i + 1], S[i]), mask=mask)
+    for i in tl.static_range(SLOTS):
+        tl.store(block_of(state_ptrs[i], offset, ALIGNED) + lanes, ROUND(new[i + 1], S), mask=mask)
 
 
 def _name(specialization):
@@ -53,6 +54,7 @@ def apply(
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
+    SLOTS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -60,7 +62,7 @@ def apply(
     # Backward, so that the gradients measured last, still in the L2 cache, are read first.
     program = n_chunks - 1 - tl.program_id(0)
     if tl.load(skip_ptr) == 0:
-        segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, HEAD + len(S))
+        segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, HEAD + SLOTS)
         numbers_ptr = rows_ptr + segment * (FIELDS + 2)
         fields = ()
         for i in tl.static_range(FIELDS):
@@ -74,8 +76,8 @@ def apply(
         p_ptr = pointer(p_address, P)
         g_ptr = pointer(g_address, G)
         state_ptrs = ()
-        for i in tl.static_range(len(S)):
-            state_ptrs = state_ptrs + (pointer(tl.load(row + HEAD + i), S[i]),)  # noqa: RUF005
+        for i in tl.static_range(SLOTS):
+            state_ptrs = state_ptrs + (pointer(tl.load(row + HEAD + i), S),)  # noqa: RUF005
 
         lanes = tl.arange(0, BLOCK)
         # Full blocks of aligned tensors go without a mask, in 16-byte accesses; the rest, and tensors that somebody
@@ -85,12 +87,12 @@ def apply(
         for offset in range(start, full, BLOCK):
             update_block(
                 p_ptr, g_ptr, state_ptrs, offset, lanes, None, h, grad_scale, limit, True,
-                RULE, CLIP, ROUND, P, S, WIDE,
+                RULE, CLIP, ROUND, P, S, SLOTS, WIDE,
             )  # fmt: skip
         # One element a thread: eight addresses of each array would cost more registers than the loop above needs.
         few = tl.arange(0, TAIL)
         for offset in range(full, stop, TAIL):
             update_block(
                 p_ptr, g_ptr, state_ptrs, offset, few, offset + few < stop, h, grad_scale, limit, False,
-                RULE, CLIP, ROUND, P, S, WIDE,
+                RULE, CLIP, ROUND, P, S, SLOTS, WIDE,
             )  # fmt: skip

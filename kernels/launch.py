@@ -100,7 +100,9 @@ def apply_constants(
     grad_dtype: torch.dtype,
     state_dtypes: Sequence[torch.dtype],
 ) -> dict[str, Any]:
-    """The compile-time arguments of apply."""
+    """The compile-time arguments of apply; the slots of a rule share one dtype."""
+    if len(set(state_dtypes)) > 1:
+        raise ValueError(f"the state of a tensor must have one dtype, but got {list(state_dtypes)}")
     hyper = getattr(rules, hyper_name)
     return {
         "RULE": getattr(rules, rule_name),
@@ -110,7 +112,8 @@ def apply_constants(
         "FIELDS": len(hyper._fields),
         "P": DTYPES[dtype],
         "G": DTYPES[grad_dtype],
-        "S": tuple(DTYPES[d] for d in state_dtypes),
+        "S": DTYPES[state_dtypes[0] if state_dtypes else dtype],
+        "SLOTS": len(state_dtypes),
         "WIDE": wide(dtype),
         "BLOCK": BLOCK,
         "TAIL": TAIL,
