@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AtenRule", "Rule", "expm1_log", "sqrt"]
+__all__ = ["AtenRule", "Rule", "decayed", "expm1_log", "sqrt"]
 
 # (params, grads, [state lists in slot order], step, scalars by name, maximize) -> None, in place.
 AtenRule = Callable[
@@ -58,6 +58,17 @@ def expm1_log(count: Any, base: Any) -> Any:
     if isinstance(count, Tensor) or isinstance(base, Tensor):
         return torch.expm1(count * torch.log(torch.as_tensor(base, dtype=torch.float64)))
     return math.expm1(count * math.log(base)) if base > 0 else -1.0
+
+
+def decayed(g: Tensor, p: Tensor, weight_decay: Any) -> Tensor:
+    """``g + weight_decay*p``: the gradient with the L2 penalty.
+
+    Without decay nothing is added, not 0*p: an infinite weight would turn the gradient into NaN. Whether a tensor is
+    zero is asked on its device, for which nobody waits.
+    """
+    if isinstance(weight_decay, Tensor):
+        return torch.where(weight_decay != 0, g + weight_decay * p, g)
+    return g + weight_decay * p if weight_decay != 0 else g
 
 
 def sqrt(x: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
-from ..rule import AtenRule, Rule, expm1_log, sqrt
+from ..rule import AtenRule, Rule, decayed, expm1_log, sqrt
 
 __all__ = ["Adam", "AdamW"]
 
@@ -44,9 +44,7 @@ def adam_row(step: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay:
 
 def adam(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, ...]:
     """Adam with the L2 penalty weight_decay*p added to the gradient."""
-    # Without decay nothing is added, not 0*p: an infinite weight would turn the gradient into NaN.
-    if h.weight_decay != 0:
-        g = g + h.weight_decay * p
+    g = decayed(g, p, h.weight_decay)
     exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
     exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
     denom = torch.sqrt(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
@@ -57,8 +55,7 @@ def adam_amsgrad(
     p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, max_exp_avg_sq: Tensor, h: AdamHyper
 ) -> tuple[Tensor, ...]:
     """Adam with the L2 penalty, divided by the root of the largest second moment so far."""
-    if h.weight_decay != 0:
-        g = g + h.weight_decay * p
+    g = decayed(g, p, h.weight_decay)
     exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
     exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
     max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
-from ..rule import Rule
+from ..rule import Rule, decayed
 
 __all__ = ["SGD"]
 
@@ -33,16 +33,13 @@ def sgd_row(step: Any, lr: Any, momentum: Any, dampening: Any, weight_decay: Any
 
 def sgd(p: Tensor, g: Tensor, h: SGDHyper) -> tuple[Tensor, ...]:
     """p - lr*(g + weight_decay*p)."""
-    # Without decay nothing is added, not 0*p: an infinite weight would turn the gradient into NaN.
-    if h.weight_decay != 0:
-        g = g + h.weight_decay * p
+    g = decayed(g, p, h.weight_decay)
     return (p - h.lr * g,)
 
 
 def sgd_momentum(p: Tensor, g: Tensor, momentum_buffer: Tensor, h: SGDHyper) -> tuple[Tensor, ...]:
     """b = momentum*b + (1-dampening)*g, b = g in the first step; p - lr*(g + momentum*b if nesterov else b)."""
-    if h.weight_decay != 0:
-        g = g + h.weight_decay * p
+    g = decayed(g, p, h.weight_decay)
     started = momentum_buffer * h.momentum + g * h.one_minus_dampening
     momentum_buffer = torch.where(torch.as_tensor(h.first, device=g.device), g, started)
     if h.nesterov != 0:
