@@ -67,7 +67,7 @@ def apply(
         fields = ()
         for i in tl.static_range(FIELDS):
             fields = fields + (tl.load(numbers_ptr + i),)  # noqa: RUF005
-        h = HYPER(*fields)
+        h = HYPER(fields)
         grad_scale = tl.load(numbers_ptr + FIELDS)
         limit = tl.load(numbers_ptr + FIELDS + 1)
 

@@ -103,10 +103,10 @@ def apply_constants(
     """The compile-time arguments of apply; the slots of a rule share one dtype."""
     if len(set(state_dtypes)) > 1:
         raise ValueError(f"the state of a tensor must have one dtype, but got {list(state_dtypes)}")
-    hyper = getattr(rules, hyper_name)
+    hyper, make_hyper = rules.HYPERS[hyper_name]
     return {
         "RULE": getattr(rules, rule_name),
-        "HYPER": hyper,
+        "HYPER": make_hyper,
         "CLIP": clipping.scale_and_clamp if clamp else clipping.scale,
         "ROUND": formats.nearest_interpreted if INTERPRETED else formats.nearest,
         "FIELDS": len(hyper._fields),

@@ -60,6 +60,22 @@ def expm1_log(count, base):
     return tl.where(base > 0.0, tl.where(x > -0.1, near * series, power - 1.0), -1.0)
 
 
+# Triton cannot take a class of tuples as a constant, but a function that makes one.
+@triton.jit
+def make_sgd_hyper(f):
+    """The row of a tensor from its numbers."""
+    return SGDHyper(f[0], f[1], f[2], f[3], f[4], f[5])
+
+
+@triton.jit
+def make_adam_hyper(f):
+    """The row of a tensor from its numbers."""
+    return AdamHyper(f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7])
+
+
+HYPERS = {"SGDHyper": (SGDHyper, make_sgd_hyper), "AdamHyper": (AdamHyper, make_adam_hyper)}
+
+
 @triton.jit
 def sgd_row(step, lr, momentum, dampening, weight_decay, nesterov):
     return lr, weight_decay, momentum, 1.0 - dampening, nesterov, tl.where(step == 1.0, 1.0, 0.0)

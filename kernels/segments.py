@@ -24,7 +24,7 @@ def pointer(address, DTYPE: tl.constexpr):
 
 @triton.jit
 def block_of(ptr, offset, ALIGNED: tl.constexpr):
-    """Where a block starts. Told that it is aligned, the compiler loads 16 bytes at once; it cannot see it by itself."""
+    """Where a block starts. Told that it is aligned, the compiler loads 16 bytes at once."""
     block_ptr = ptr + offset
     if ALIGNED:
         block_ptr = tl.multiple_of(block_ptr, 16)
