@@ -43,7 +43,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # The two runs compute the same formulas; only the last bit of an intermediate result may differ, and training amplifies
-# it, the more the higher the learning rate: over 300 steps the losses were at most 1e-5 apart at 7e-4 (three seeds) and
+# it, the more the higher the learning rate: over 300 steps the losses were at most 1e-5 apart at 7e-4 (two seeds) and
 # 2e-5 at 1e-3. At 3e-3 training is chaotic: two runs of torch.optim itself, with gradients that differ by 1e-7 of
 # themselves, end up 5e-2 apart.
 LARGEST_DIFFERENCE = 1e-4
