@@ -73,7 +73,7 @@ def make_adam_hyper(f):
     return AdamHyper(f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7])
 
 
-HYPERS = {"SGDHyper": (SGDHyper, make_sgd_hyper), "AdamHyper": (AdamHyper, make_adam_hyper)}
+HYPERS: dict[str, tuple[Any, Any]] = {"SGDHyper": (SGDHyper, make_sgd_hyper), "AdamHyper": (AdamHyper, make_adam_hyper)}
 
 
 @triton.jit
