@@ -36,16 +36,6 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
 _SHORT = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
 _MODES = {int(EUCLID.value): "euclid", int(LARGEST.value): "largest", int(POWER.value): "power"}
 
-# rule -> (hyper, row, scalars of the row, state slots)
-RULES = {
-    "sgd": ("SGDHyper", "sgd_row", 5, 0),
-    "sgd_momentum": ("SGDHyper", "sgd_row", 5, 1),
-    "adam": ("AdamHyper", "adam_row", 5, 2),
-    "adam_amsgrad": ("AdamHyper", "adam_row", 5, 3),
-    "adamw": ("AdamHyper", "adam_row", 5, 2),
-    "adamw_amsgrad": ("AdamHyper", "adam_row", 5, 3),
-}
-
 
 class Kernel(NamedTuple):
     """A kernel with its compile-time arguments, ready to be compiled."""
@@ -95,7 +85,7 @@ def _measure(dtype: torch.dtype, mode: int) -> Kernel:
 
 
 def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard: bool) -> Kernel:
-    hyper, row, n_scalars, _ = RULES[rule]
+    hyper, row = rules.RULES[rule]
     constants = launch.decide_constants(
         row,
         factor,
@@ -104,7 +94,7 @@ def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard
         guard=guard,
         count=guard,
         last=True,
-        n_row_scalars=n_scalars,
+        n_row_scalars=len(getattr(rules, row).arg_names) - 1,  # all but step
         n_fields=len(getattr(rules, hyper)._fields),
         dtype=dtype,
     )
@@ -118,7 +108,8 @@ def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard
 
 
 def _apply(rule: str, dtype: torch.dtype, clamp: bool = False) -> Kernel:
-    hyper, _, _, slots = RULES[rule]
+    hyper, _ = rules.RULES[rule]
+    slots = len(getattr(rules, rule).arg_names) - 3  # all but p, g and h
     constants = launch.apply_constants(
         rule, hyper, clamp=clamp, dtype=dtype, grad_dtype=dtype, state_dtypes=(dtype,) * slots
     )
@@ -147,7 +138,7 @@ def kernels() -> Iterator[Kernel]:
         yield _decide(rule, FP32, "global", "clip_factor", guard=True)
         yield _decide(rule, FP32, "tensor", "normalize_factor", guard=False)
     yield _decide("adam", FP64, "global", "clip_factor", guard=False)
-    for rule in RULES:
+    for rule in rules.RULES:
         for dtype in (FP32, BF16, FP16, FP64):
             yield _apply(rule, dtype)
     yield _apply("adamw", FP32, clamp=True)

@@ -147,3 +147,14 @@ def adamw_amsgrad(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, h):
     exp_avg, exp_avg_sq = moments(g, exp_avg, exp_avg_sq, h)
     max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
     return adam_update(p, exp_avg, max_exp_avg_sq, h), exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+# Which row each rule takes: (its NamedTuple, the function that computes it).
+RULES = {
+    "sgd": ("SGDHyper", "sgd_row"),
+    "sgd_momentum": ("SGDHyper", "sgd_row"),
+    "adam": ("AdamHyper", "adam_row"),
+    "adam_amsgrad": ("AdamHyper", "adam_row"),
+    "adamw": ("AdamHyper", "adam_row"),
+    "adamw_amsgrad": ("AdamHyper", "adam_row"),
+}
