@@ -22,8 +22,8 @@ TILE = tl.constexpr(16)  # partials of each of LANES tensors that are read at on
 @triton.jit
 def share(total, scale, top, norm_type):
     """total * (scale/top)**p."""
-    # A share of nothing stays nothing, though a scale far above the largest one would give 0*inf.
-    used = (scale > 0.0) & (total == total) & (total != 0.0)
+    # 0, inf and NaN stay what they are, though the power of a scale far from the largest one may be inf or 0.
+    used = (scale > 0.0) & (total > 0.0) & (total < float("inf"))
     ratio = tl.where(used, scale, 1.0) / top
     return tl.where(used, total * tl.exp(norm_type * tl.log(ratio)), total)
 

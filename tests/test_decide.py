@@ -124,6 +124,7 @@ NORMS = {
     "zeros beside small, high p": ([0.0, 1.0], [1.0, 1e-6], 64.0, 2, 1e-6),
     "all zeros": ([0.0, 0.0], [1.0, 1.0], 3.5, 2, 0.0),
     "p inf beside numbers": ([2.0, math.inf], [3.0, 1.0], 3.5, 2, math.inf),
+    "p inf beside much": ([math.inf, 1.0], [1.0, 1e30], 64.0, 2, math.inf),
     "p nan": ([2.0, math.nan], [3.0, 1.0], 3.5, 2, math.nan),
     "one": ([3.0, 4.0], [1.0, 2.0], 1.0, 2, 11.0),
     "largest": ([1.0, 1.0], [3.0, 7.0], math.inf, 1, 7.0),

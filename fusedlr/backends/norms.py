@@ -66,14 +66,14 @@ def euclidean(flats: Iterable[Tensor]) -> float | None:
 
 def combine(pairs: Iterable[tuple[float, float]], norm_type: float) -> float:
     """The norm that the pieces make together; inf or NaN only if a piece is."""
-    pairs = list(pairs)
+    # Pieces of nothing or of zeros say nothing; their scale 1 may be so far above the others that its power overflows.
+    pairs = [pair for pair in pairs if pair[1] != 0.0]
     if any(math.isnan(scale) or math.isnan(total) for scale, total in pairs):
         return math.nan
-    if norm_type == math.inf:
-        return max((scale for scale, _ in pairs), default=0.0)
-    top = max((scale for scale, total in pairs if total > 0), default=1.0)
-    # A piece of zeros has scale 1, which may be so far above `top` that its power overflows.
-    total = math.fsum(total * (scale / top) ** norm_type for scale, total in pairs if total > 0)
-    if norm_type == 2.0:
-        return top * math.sqrt(total)
-    return math.inf if total == math.inf else top * total ** (1.0 / norm_type)
+    top = max((scale for scale, _ in pairs), default=0.0)
+    if norm_type == math.inf or top == 0.0:
+        return top
+    if any(total == math.inf for _, total in pairs):
+        return math.inf
+    total = math.fsum(total * (scale / top) ** norm_type for scale, total in pairs)
+    return top * (math.sqrt(total) if norm_type == 2.0 else total ** (1.0 / norm_type))
