@@ -55,11 +55,14 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"a state_dict needs the keys 'state' and 'param_groups', but got {sorted(state_dict)}")
-    saved = [p for group in state_dict["param_groups"] for p in group["params"]]
-    for key, leaf in zip(saved, optimizer._leaves, strict=False):
-        rule = optimizer._rule(optimizer.param_groups[leaf.group])
-        if key in state_dict["state"]:
-            check_entry(leaf, state_dict["state"][key], rule)
+    leaves = iter(optimizer._leaves)
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        # The saved flags will rule, and with them other state may be needed.
+        flags = {key: value for key, value in saved.items() if key not in _CODE_KEYS}
+        rule = optimizer._rule({**group, **flags})
+        for key, leaf in zip(saved["params"], leaves, strict=False):
+            if key in state_dict["state"]:
+                check_entry(leaf, state_dict["state"][key], rule)
 
 
 def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]]) -> None:

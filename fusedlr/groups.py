@@ -7,7 +7,7 @@ The marks are kept as plain data in ``group["fusedlr"]``, so that they travel wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,16 @@ from .schedules import Schedule
 from .schedules.program import Row
 from .schedules.program import value as value_at
 
-__all__ = ["GROUP_KEY", "ScheduleArg", "Scheduled", "as_schedules", "read", "scheduled_scalars", "write"]
+__all__ = [
+    "GROUP_KEY",
+    "ScheduleArg",
+    "Scheduled",
+    "as_schedules",
+    "own_tensors",
+    "read",
+    "scheduled_scalars",
+    "write",
+]
 
 GROUP_KEY = "fusedlr"
 ScheduleArg = Schedule | Mapping[str, Schedule] | None
@@ -71,13 +80,14 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
 class Scheduled:
     """One scheduled scalar of one group."""
 
-    __slots__ = ("_rows", "_rows_base", "_version", "group", "name", "schedule")
+    __slots__ = ("_rows", "_rows_base", "_shown", "_version", "group", "name", "schedule")
 
     def __init__(self, group: dict[str, Any], name: str, schedule: Schedule) -> None:
         self.group = group
         self.name = name
         self.schedule = schedule
-        self._version: int | None = None
+        self._shown: Tensor | None = None
+        self._version = 0
         self._rows: list[Row] = []
         self._rows_base: float | None = None
         current = read(group, name)
@@ -87,9 +97,8 @@ class Scheduled:
         else:
             marks["base"].setdefault(name, float(current))
         marks["written"].setdefault(name, float(current))
-        # A tensor rounds what is written into it, so it is compared with the mark in its own dtype.
-        if isinstance(current, Tensor) and current.item() == current.new_tensor(marks["written"][name]).item():
-            self._version = current._version
+        if isinstance(current, Tensor) and not _differs(current, marks["written"][name]):
+            self._shown, self._version = current, current._version
         self.at(0)  # a base below the schedule's minimum is an error now, not at the first step
 
     @property
@@ -100,9 +109,10 @@ class Scheduled:
     def overridden(self) -> bool:
         """Whether somebody else wrote the scalar since fusedlr did."""
         current = read(self.group, self.name)
-        if isinstance(current, Tensor):  # its version counts the writes, without waiting for a device
-            return current._version != self._version
-        return bool(current != self.group[GROUP_KEY]["written"][self.name])
+        if isinstance(current, Tensor) and current.device.type != "cpu":
+            # Its version counts the writes; to look at the value would be to wait for the device.
+            return current is not self._shown or current._version != self._version
+        return _differs(current, self.group[GROUP_KEY]["written"][self.name])
 
     def at(self, t: int) -> float:
         """The scheduled value at step t; the rows are made again only when the base changes."""
@@ -117,7 +127,23 @@ class Scheduled:
         self.group[GROUP_KEY]["written"][self.name] = used
         current = read(self.group, self.name)
         if isinstance(current, Tensor):
-            self._version = current._version
+            self._shown, self._version = current, current._version
+
+
+def _differs(current: Any, written: float) -> bool:
+    """Whether a scalar is not what was written; a tensor rounds what is written into it."""
+    if isinstance(current, Tensor):
+        return bool(current.item() != current.new_tensor(written).item())
+    return bool(current != written)
+
+
+def own_tensors(groups: Sequence[dict[str, Any]], schedules: Sequence[Mapping[str, Schedule]]) -> None:
+    """Give each group its own tensor of a scheduled scalar: torch hands one default tensor to all groups."""
+    for group, names in zip(groups, schedules, strict=True):
+        for name in names:
+            tensor = group.get(name)
+            if isinstance(tensor, Tensor) and any(other.get(name) is tensor for other in groups if other is not group):
+                group[name] = tensor.clone()
 
 
 def scheduled_scalars(group: dict[str, Any], schedules: Mapping[str, Schedule]) -> list[Scheduled]:

@@ -17,7 +17,7 @@ from .backends import Backend, Executor, Knobs, choose_backend, executors_for
 from .clipping import Clip, as_clip
 from .flat import rehome
 from .gather import Plan, check_gradients
-from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, read, scheduled_scalars
+from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, own_tensors, read, scheduled_scalars
 from .rule import Rule
 from .state import Bank, Leaf, adopt, check_entry, ensure_state, entry_views
 
@@ -215,12 +215,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _bind_groups(self) -> None:
         """Bind the schedules to the group dicts, which loading a checkpoint replaces."""
-        self._schedules = []
-        self._max_norm_schedule = None
-        for group in self.param_groups:
-            schedules = as_schedules(group["schedule"], self._rule(group).scalars, self._clip)
-            self._max_norm_schedule = self._max_norm_schedule or schedules.get("max_norm")
-            self._schedules.append(scheduled_scalars(group, schedules))
+        groups = self.param_groups
+        given = [as_schedules(group["schedule"], self._rule(group).scalars, self._clip) for group in groups]
+        self._max_norm_schedule = next((s["max_norm"] for s in given if "max_norm" in s), None)
+        own_tensors(groups, given)
+        self._schedules = [scheduled_scalars(*pair) for pair in zip(groups, given, strict=True)]
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -353,18 +352,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._last_lr = [values["lr"] for values in scalars]
 
     def _is_hidden_step(self, banks: list[Bank]) -> bool:
-        """Whether this is the first step ever, with every lr written to 0 from outside.
+        """Whether this is the first step ever, with every lr 0, and those that have a schedule overridden.
 
-        torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it.
+        torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it. Without
+        any schedule it cannot be told from a warm-up of the user's own that begins at 0, and nothing reads the clock.
         """
-        if self._t or not banks or not all(self._schedules):
+        lrs = [s for scheduled in self._schedules for s in scheduled if s.name == "lr"]
+        if self._t or not banks or not lrs or not all(s.overridden() for s in lrs):
             return False
-        return all(
-            any(s.name == "lr" and s.overridden() for s in scheduled)
-            and not (isinstance(lr, Tensor) and lr.device.type != "cpu")
-            and lr == 0
-            for scheduled, lr in zip(self._schedules, (group["lr"] for group in self.param_groups), strict=True)
-        )
+        values = [group["lr"] for group in self.param_groups]
+        return not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in values) and not any(values)
 
     # ---- state that others touch -------------------------------------------------------------------------------
 

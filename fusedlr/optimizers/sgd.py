@@ -166,4 +166,6 @@ class SGD(FusedOptimizer):
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        return _MOMENTUM if group["momentum"] != 0 else _PLAIN
+        # A scheduled momentum may pass through 0, which the group then shows until the next step.
+        scheduled = isinstance(group["schedule"], Mapping) and "momentum" in group["schedule"]
+        return _MOMENTUM if scheduled or group["momentum"] != 0 else _PLAIN
