@@ -19,6 +19,10 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(layers).to(dtype)
 
 
+def split_groups(model: nn.Module, **second: Any) -> list[dict[str, Any]]:
+    return [{"params": list(model.first.parameters())}, {"params": list(model.second.parameters()), **second}]
+
+
 def gradients(model: nn.Module, step: int) -> None:
     """The gradients of a step: the same for the same step, whatever the model holds."""
     generator = torch.Generator().manual_seed(step)

@@ -49,6 +49,9 @@ def sgd_momentum(p: Tensor, g: Tensor, momentum_buffer: Tensor, h: SGDHyper) -> 
     return p - h.lr * g, momentum_buffer
 
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
 def _aten_sgd(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -62,7 +65,8 @@ def _aten_sgd(
         list(grads),
         list(state[0]) if state else [],
         weight_decay=scalars["weight_decay"],
-        momentum=scalars["momentum"],
+        # ATen refuses a buffer with momentum 0, through which a schedule may pass.
+        momentum=scalars["momentum"] or (_SMALLEST if state else 0.0),
         lr=scalars["lr"],
         dampening=scalars["dampening"],
         nesterov=bool(scalars["nesterov"]),
@@ -166,6 +170,6 @@ class SGD(FusedOptimizer):
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        # A scheduled momentum may pass through 0, which the group then shows until the next step.
+        # A scheduled momentum may pass through 0: the buffer stays, and holds the gradient then.
         scheduled = isinstance(group["schedule"], Mapping) and "momentum" in group["schedule"]
         return _MOMENTUM if scheduled or group["momentum"] != 0 else _PLAIN
