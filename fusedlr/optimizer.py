@@ -286,6 +286,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None or plan.active != active or plan.ptrs != ptrs or rules != self._rules or self._state_replaced():
             return self._replan(rules, active, ptrs, present)
         if not plan.same_layout(present):
+            if any(leaf.moved() for leaf in plan.leaves):  # to another view of the same memory
+                return self._replan(rules, active, ptrs, present)
             plan.layout(present)
         return plan, present, []
 
@@ -293,8 +295,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, rules: list[Rule], active: list[bool], ptrs: list[int], grads: list[Tensor]
     ) -> tuple[Plan, list[Tensor], list[Bank]]:
         self._plan = None
-        for leaf, ptr in zip(self._leaves, ptrs, strict=True):
-            if leaf.ptr != ptr or leaf.param.device != leaf.device or leaf.param.dtype != leaf.dtype:
+        for leaf in self._leaves:
+            if leaf.moved():
                 leaf.locate()
         leaves = [leaf for leaf, is_active in zip(self._leaves, active, strict=True) if is_active]
         check_gradients(leaves, grads)
@@ -322,7 +324,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _clock(self, device: torch.device) -> Tensor:
         """The int64 tensor (t, skipped steps) of a device."""
         if device not in self._clocks:
-            self._clocks[device] = torch.tensor([self._t, self._skipped_before], dtype=torch.int64).to(device)
+            # Filled on the device: a copy from ordinary memory would wait for it.
+            clock = self._clocks[device] = torch.empty(2, dtype=torch.int64, device=device)
+            clock[0].fill_(self._t)
+            clock[1].fill_(self._skipped_before)
         return self._clocks[device]
 
     def _scalars(self) -> list[dict[str, Any]]:

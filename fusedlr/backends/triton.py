@@ -79,7 +79,8 @@ class _ClockMirror:
 
     def poll(self) -> int | None:
         """The clock if a copy has arrived, the steps launched since taken as not skipped."""
-        if self._event is None or not self._event.query():
+        # An event must not be asked while a graph is captured.
+        if self._event is None or torch.cuda.is_current_stream_capturing() or not self._event.query():
             return None
         self._event = None
         return int(self._host[0]) + self._since
