@@ -35,6 +35,7 @@ class Leaf:
         "group",
         "home",
         "index",
+        "laid",
         "numel",
         "param",
         "ptr",
@@ -42,6 +43,7 @@ class Leaf:
         "slots",
         "step",
         "strides",
+        "view",
     )
 
     def __init__(self, param: Tensor, index: int, group: int, home: Home | None) -> None:
@@ -52,6 +54,7 @@ class Leaf:
         self.bank: Bank | None = None
         self.bank_index = 0
         self.bank_start = 0
+        self.laid: tuple[Any, Any] | None = None
         self.slots: tuple[Tensor, ...] = ()
         self.step: Tensor | None = None
         self.locate()
@@ -64,6 +67,7 @@ class Leaf:
         self.numel = p.numel()
         self.dtype = p.dtype
         self.device = p.device
+        self.view = p.stride()
         self.strides = dense_strides(p)
         self.flat = memory_view(p.detach()) if is_dense(p) else None
         if self.home is not None:
@@ -72,10 +76,18 @@ class Leaf:
             if (self.ptr, self.device, self.dtype) != (here, piece.device, piece.dtype) or self.flat is None:
                 self.home = None
 
+    def moved(self) -> bool:
+        """Whether the parameter lies elsewhere, or otherwise, than when it was located."""
+        p = self.param
+        now = (p.data_ptr(), p.shape, p.stride(), p.dtype, p.device)
+        return now != (self.ptr, self.shape, self.view, self.dtype, self.device)
+
     def fits(self, rule: Rule) -> bool:
         """Whether the leaf's state is where and what the rule needs."""
         bank = self.bank
-        return bank is not None and (bank.names, bank.device, bank.dtype) == (rule.slots, self.device, self.dtype)
+        if bank is None or self.laid != (self.shape, self.strides):  # state lies in the order of its parameter
+            return False
+        return (bank.names, bank.device, bank.dtype) == (rule.slots, self.device, self.dtype)
 
 
 class Bank:
@@ -101,6 +113,7 @@ class Bank:
             entry = state.get(leaf.param) or {}
             self.before.append(state.get(leaf.param))
             leaf.bank, leaf.bank_index, leaf.bank_start = self, index, start
+            leaf.laid = (leaf.shape, leaf.strides)
             leaf.slots = tuple(own_view(slot, start, leaf.numel, (leaf.numel,), (1,)) for slot in self.slots)
             leaf.step = own_view(self.steps, index, 1, (), ())
             if entry:
