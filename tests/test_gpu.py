@@ -127,7 +127,9 @@ def test_several_dtypes_rules_and_groups_at_once() -> None:
         outcomes.append((optimizer, params))
     (ours, mine), (reference, theirs) = outcomes
     for p, q in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=RTOL[p.dtype], atol=RTOL[p.dtype])
+        # One norm for all: what float32 sums in it are off by reaches the float64 parameters too.
+        rtol = max(RTOL[p.dtype], 1e-6)
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=rtol, atol=rtol)
     torch.testing.assert_close(ours.last_grad_norm, reference.last_grad_norm, rtol=2e-6, atol=0)
 
 
