@@ -90,8 +90,8 @@ def steps_are_torchs(
         with_gradient = [q for q in theirs if q.grad is not None and q.numel()]
         if isinstance(clip, GlobalNorm) and with_gradient:
             torch.nn.utils.clip_grad_norm_(with_gradient, clip.max_norm, clip.norm_type)
-        if isinstance(clip, Value):
-            torch.nn.utils.clip_grad_value_(theirs, clip.limit)
+        if isinstance(clip, Value) and with_gradient:
+            torch.nn.utils.clip_grad_value_(with_gradient, clip.limit)
         ours.step()
         oracle.step()
     # Values of a few units after at most four steps of some ten roundings each. Adam divides by the root of a sum of

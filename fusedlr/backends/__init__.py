@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+# Not `import torch`: the module torch.py of this package takes that name here once it is imported.
+from torch import Tensor, cuda, device, xpu
 
 from ..clipping import Clip
 from ..groups import Scheduled
@@ -52,7 +52,7 @@ class Knobs:
     nonfinite: str
     advance: bool
     grad_norm: Tensor | None
-    clock: Callable[[torch.device], Tensor]
+    clock: Callable[[device], Tensor]
 
     @property
     def scope(self) -> str | None:
@@ -153,7 +153,7 @@ def choose_backend(name: str) -> Backend:
         missing = triton_missing()
         if missing is not None:
             raise RuntimeError(f"{source}='triton', but {missing}; install triton or use backend='torch'")
-        if not interpreting() and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        if not interpreting() and not (cuda.is_available() or xpu.is_available()):
             raise RuntimeError(
                 f"{source}='triton', but there is no GPU here and the Triton interpreter is off; "
                 "use backend='torch', or set TRITON_INTERPRET=1 before Triton is imported"
