@@ -61,8 +61,10 @@ def apply(
 ):
     # Backward, so that the gradients measured last, still in the L2 cache, are read first.
     program = n_chunks - 1 - tl.program_id(0)
-    if tl.load(skip_ptr) == 0:
-        segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, HEAD + SLOTS)
+    # What leads to the data is asked for before the decision to skip has arrived: one wait less.
+    skip = tl.load(skip_ptr)
+    segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, HEAD + SLOTS)
+    if skip == 0:
         numbers_ptr = rows_ptr + segment * (FIELDS + 2)
         fields = ()
         for i in tl.static_range(FIELDS):
@@ -80,13 +82,15 @@ def apply(
             state_ptrs = state_ptrs + (pointer(tl.load(row + HEAD + i), S),)  # noqa: RUF005
 
         lanes = tl.arange(0, BLOCK)
-        # Full blocks of aligned tensors go without a mask, in 16-byte accesses; the rest, and tensors that somebody
-        # placed at odd addresses, with one. State is always aligned.
+        # Aligned tensors go in 16-byte accesses, as far as there are 16 elements: the mask is the same for all of an
+        # access. The rest, and tensors that somebody placed at odd addresses, go one by one. State is always aligned.
         aligned = ((p_address | g_address) & 15) == 0
-        full = tl.where(aligned, start + (stop - start) // BLOCK * BLOCK, start)
+        full = tl.where(aligned, start + (stop - start) // 16 * 16, start)
         for offset in range(start, full, BLOCK):
+            # Written so that the compiler sees the multiple of 16.
+            left = ((stop - offset) // 16 * 16).to(tl.int32)
             update_block(
-                p_ptr, g_ptr, state_ptrs, offset, lanes, None, h, grad_scale, limit, True,
+                p_ptr, g_ptr, state_ptrs, offset, lanes, lanes < left, h, grad_scale, limit, True,
                 RULE, CLIP, ROUND, P, S, SLOTS, WIDE,
             )  # fmt: skip
         # One element a thread: eight addresses of each array would cost more registers than the loop above needs.

@@ -20,11 +20,15 @@ __all__ = ["BLOCK", "DTYPES", "chunk_size_for", "launch_apply", "launch_decide",
 
 # Kernels are interpreted or compiled as was decided when they were defined, whatever the environment says now.
 INTERPRETED = not isinstance(apply, triton.runtime.JITFunction)
-BLOCK = 1024  # 128 threads with 8 elements each: 16-byte accesses for float32 and bfloat16 alike
-TAIL = BLOCK if INTERPRETED else 32 * 4  # the interpreter pays for each iteration, not for registers
+THREADS = 128  # of a program
+NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
+BLOCK = 8 * THREADS  # 8 elements a thread: 16-byte accesses for float32 and bfloat16 alike
+# 4 elements a thread: for float64, whose numbers take two registers each, and for 16-bit parameters beside float32
+# state, in 8 and 16 bytes. With 8 elements Triton lays the two out in different ways, and every block goes through
+# shared memory to get from one to the other.
+HALF_BLOCK = 4 * THREADS
+TAIL = BLOCK if INTERPRETED else THREADS  # the interpreter pays for each iteration, not for registers
 LANES = 128
-NUM_WARPS = 4
-DECIDE_WARPS = 4
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -104,6 +108,7 @@ def apply_constants(
     if len(set(state_dtypes)) > 1:
         raise ValueError(f"the state of a tensor must have one dtype, but got {list(state_dtypes)}")
     hyper, make_hyper = rules.HYPERS[hyper_name]
+    sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)}
     return {
         "RULE": getattr(rules, rule_name),
         "HYPER": make_hyper,
@@ -115,7 +120,7 @@ def apply_constants(
         "S": DTYPES[state_dtypes[0] if state_dtypes else dtype],
         "SLOTS": len(state_dtypes),
         "WIDE": wide(dtype),
-        "BLOCK": BLOCK,
+        "BLOCK": HALF_BLOCK if len(sizes) > 1 or 8 in sizes else BLOCK,
         "TAIL": TAIL,
     }
 
@@ -208,7 +213,7 @@ def launch_decide(
             n_fields=rows.shape[1] - 2,
             dtype=dtype,
         ),
-        num_warps=DECIDE_WARPS,
+        num_warps=NUM_WARPS,
         # A schedule's value is the same on the host and here only if products are rounded before they are added.
         enable_fp_fusion=False,
     )
