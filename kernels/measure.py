@@ -16,29 +16,15 @@ POWER = tl.constexpr(2)  # any p, and float64: two passes, the second from the c
 
 # Squares of float32 leave the range beyond about 1e19 and below 1e-19. A chunk without magnitudes beyond BIG, whose
 # plain sum reaches FLOOR, has lost less than 2**-30 of it to squares that became 0: 2**15 of them at most, each below
-# 2**-126. In other chunks magnitudes are summed in three classes, the outer two scaled by powers of two before they are
-# squared; float64 puts the three sums together without loss.
+# 2**-126. Other chunks are summed once more, scaled by a power of two before they are squared. Where magnitudes reach
+# beyond BIG, what SHRINK sends below 2**-63 is too small to count; where they do not and the sum is below FLOOR, all
+# are at most 2**-40, and GROW brings even the smallest number to a square that float32 has.
 BIG = tl.constexpr(2.0**50)
-SMALL = tl.constexpr(2.0**-50)
+FLOOR = tl.constexpr(2.0**-80)
 SHRINK = tl.constexpr(2.0**-80)
 GROW = tl.constexpr(2.0**90)
 SHRUNK = tl.constexpr(2.0**160)
 GROWN = tl.constexpr(2.0**-180)
-FLOOR = tl.constexpr(2.0**-80)
-
-
-@triton.jit
-def add_squares(x, low, middle, high):
-    """Add the squares of float32 x to the sums of their classes."""
-    size = tl.abs(x)
-    is_high = size > BIG
-    is_low = size < SMALL
-    y = x * tl.where(is_high, SHRINK, tl.where(is_low, GROW, 1.0))
-    square = y * y
-    low += tl.where(is_low, square, 0.0)
-    high += tl.where(is_high, square, 0.0)
-    middle += tl.where(is_low | is_high, 0.0, square)
-    return low, middle, high
 
 
 @triton.jit
@@ -85,29 +71,28 @@ def plain_sum(g_ptr, start, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def careful_sum(g_ptr, start, stop, BLOCK: tl.constexpr):
-    """The sum of squares of a chunk of any magnitudes, in float64."""
+def scaled_sum(g_ptr, start, stop, factor, BLOCK: tl.constexpr):
+    """The sum of (factor*x)**2 of a chunk in float32."""
     lanes = tl.arange(0, BLOCK)
-    low = tl.zeros([BLOCK], tl.float32)
-    middle = tl.zeros([BLOCK], tl.float32)
-    high = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     full = end_of_wide(g_ptr, start, stop)
     for offset in range(start, full, BLOCK):
-        low, middle, high = add_squares(wide_block(g_ptr, offset, stop, lanes), low, middle, high)
+        x = wide_block(g_ptr, offset, stop, lanes) * factor
+        total += x * x
     for offset in range(full, stop, BLOCK):
-        x = tl.load(g_ptr + offset + lanes, mask=offset + lanes < stop, other=0.0).to(tl.float32)
-        low, middle, high = add_squares(x, low, middle, high)
-    total = tl.sum(middle).to(tl.float64)
-    return total + tl.sum(high).to(tl.float64) * SHRUNK + tl.sum(low).to(tl.float64) * GROWN
+        x = tl.load(g_ptr + offset + lanes, mask=offset + lanes < stop, other=0.0).to(tl.float32) * factor
+        total += x * x
+    return tl.sum(total)
 
 
 @triton.jit
 def euclid(g_ptr, start, stop, BLOCK: tl.constexpr):
-    """The sum of squares of a chunk, in float64: read once more, carefully, where magnitudes ask for it."""
+    """The sum of squares of a chunk, in float64: read once more, scaled, where magnitudes ask for it."""
     plain, kind = plain_sum(g_ptr, start, stop, BLOCK)
     total = plain.to(tl.float64)
     if (kind == 2) | ((kind == 1) & (plain < FLOOR)):
-        total = careful_sum(g_ptr, start, stop, BLOCK)
+        scaled = scaled_sum(g_ptr, start, stop, tl.where(kind == 2, SHRINK, GROW), BLOCK)
+        total = scaled.to(tl.float64) * tl.where(kind == 2, SHRUNK, GROWN)
     return total
 
 

@@ -156,8 +156,9 @@ def test_measure_reads_16_bytes_at_once_and_spills_nothing(table: Table) -> None
             assert kernel["local"] == 0, kernel
         if name.startswith("measure-euclid-"):
             size = DTYPES[name.split("-")[2]]
-            # The plain loop has two blocks on their way; the careful one, for extreme magnitudes, one.
-            assert [loop["bytes"] for loop in kernel["loops"]] == [16 * size, 8 * size], kernel
+            # The plain loop has two blocks on their way. That for extreme magnitudes has one, or is unrolled.
+            plain, *scaled = (loop["bytes"] for loop in kernel["loops"])
+            assert plain == 16 * size and scaled and all(moved % (8 * size) == 0 for moved in scaled), kernel
             assert all(loop["narrowest"] == 128 for loop in kernel["loops"]), kernel
             assert kernel["registers"] <= 64, kernel
 
