@@ -102,10 +102,10 @@ def build_torch_fused_grad_scale(case: Case, params: list[Parameter]) -> Contend
 
 
 def build_torch_compile(case: Case, params: list[Parameter]) -> Contender:
-    """Clipping and update in one compiled function; the lr is a tensor, since a number would recompile at every step.
+    """Clipping and update in one compiled function; the lr is a tensor, so that a moving lr compiles nothing again.
 
-    Source: docs.pytorch.org/tutorials/recipes/compiling_optimizer_lr_scheduler.html. The scheduler stays outside:
-    inside it would be traced again whenever its count changes.
+    Source: docs.pytorch.org/tutorials/recipes/compiling_optimizer_lr_scheduler.html. The scheduler stays outside, as
+    torch does not trace it anyway.
     """
     # On a GPU the step count has to be a tensor, too; torch has `capturable` for neither SGD nor CPUs.
     flags = {"capturable": True} if case.device == "cuda" and case.optimizer != "SGD" else {}
@@ -152,8 +152,8 @@ OTHER_LIBRARIES = ("optimi", "flashoptim", "bitsandbytes")
 def peers_of(case: Case, asked: Collection[str] = ()) -> list[str]:
     """The peers that compute what the case asks for, on its device: the usual ones, or those of them asked for."""
     names = ["torch-fused"]
-    # In bfloat16, foreach rounds every intermediate result to 8 bits: another computation, not a slower one. So do
-    # compiled code, which is foreach fused, and the other libraries, each at places of its own.
+    # In bfloat16, foreach rounds every intermediate result to 8 bits: another computation, not a slower one. Compiled
+    # code and the other libraries round at places of their own.
     plain = case.dtype == torch.float32
     if plain:
         names.append("torch-foreach")
