@@ -37,6 +37,8 @@ def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
 def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """torch's state_dict with fusedlr's data as plain data."""
     t, skipped = sync_clock(optimizer)
+    state = state_dict["state"]
+    state_dict["state"] = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state.items()}
     for group in state_dict["param_groups"]:
         marks = group[GROUP_KEY]
         group[GROUP_KEY] = {

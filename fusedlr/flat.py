@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Home", "aligned", "dense_strides", "memory_view", "own_view", "rehome"]
+__all__ = ["SMALL", "Home", "aligned", "dense_strides", "memory_view", "own_view", "rehome"]
 
 _PIECE_BYTES = 256 << 20
 _SMALLEST_PIECE_BYTES = 1 << 20
+
+# Tensors of at most so many elements lie side by side, before all others: they can then be stepped as one.
+SMALL = 1 << 13
 
 # Where parameters were moved to, by which another optimizer knows that their memory is ours.
 _moved = WeakTensorKeyDictionary()
@@ -107,7 +110,8 @@ def _holders(storage: torch.UntypedStorage) -> int:
 
 
 def _pieces(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive parameters that share one piece."""
+    """The parameters that share one piece: the small ones first, each kind in the order given."""
+    params = sorted(params, key=lambda p: p.numel() > SMALL)
     itemsize = params[0].element_size()
     total = sum(p.numel() for p in params) * itemsize
     limit = min(_PIECE_BYTES, max(_SMALLEST_PIECE_BYTES, total // 8)) // itemsize

@@ -6,7 +6,7 @@ still true costs a few list comparisons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "check_gradients"]
 
-_dtype = attrgetter("dtype")
+Comparison = Callable[[Sequence[Any]], bool]
 
 
 class Plan:
     """The active leaves, and the executors that step them."""
 
-    __slots__ = ("_dtypes", "_numels", "_strides", "active", "executors", "leaves", "ptrs", "rules")
+    __slots__ = ("_same", "active", "all_active", "executors", "leaves", "ptrs", "rules")
 
     def __init__(
         self, leaves: list[Leaf], rules: list[Rule], active: list[bool], ptrs: list[int], executors: list[Executor]
@@ -35,30 +35,55 @@ class Plan:
         self.leaves = leaves
         self.rules = rules
         self.active = active
+        self.all_active = all(active)
         self.ptrs = ptrs
         self.executors = executors
-        self._dtypes = [leaf.dtype for leaf in leaves]
-        self._numels = [leaf.numel for leaf in leaves]
-        self._strides: list[tuple[int, ...]] = []
+        self._same: Comparison = never
 
-    def same_layout(self, grads: list[Tensor]) -> bool:
-        """Whether the gradients lie as they did when they were last checked (equal strides and sizes: equal shapes)."""
-        try:
-            return (
-                list(map(Tensor.stride, grads)) == self._strides
-                and list(map(Tensor.numel, grads)) == self._numels
-                and list(map(_dtype, grads)) == self._dtypes
-            )
-        except RuntimeError:  # sparse gradients have no strides
-            return False
+    def same_layout(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether the gradients have the shapes, strides and dtypes that they had when they were last checked."""
+        return self._same(grads)
 
     def layout(self, grads: list[Tensor]) -> None:
         """Check the gradients one by one, and tell the executors which lie in their parameter's order."""
         check_gradients(self.leaves, grads)
-        self._strides = [g.stride() for g in grads]
+        self._same = comparison_with(grads)
         ordered = [lies_like(g, leaf) for g, leaf in zip(grads, self.leaves, strict=True)]
         for executor in self.executors:
             executor.layout(executor.part(ordered))
+
+
+def never(grads: Sequence[Any]) -> bool:
+    """No gradients have been checked yet."""
+    return False
+
+
+def comparison_with(grads: list[Tensor]) -> Comparison:
+    """Whether other tensors have the shapes, strides, dtypes and devices of these; False for what is no tensor.
+
+    torch.compile's guards compare thousands of tensors in C++ in the time that Python takes to ask each one question.
+    """
+    sizes, strides = [list(g.shape) for g in grads], [list(g.stride()) for g in grads]
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        check = TensorGuards(*grads, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        if check(*grads):
+            return lambda others: bool(check(*others))
+    except (ImportError, TypeError, SystemError):  # these guards are torch's own affair
+        pass
+    looks = _looks(grads)
+    return lambda others: _looks(others) == looks
+
+
+_described = attrgetter("shape", "dtype", "device", "layout")
+
+
+def _looks(grads: Sequence[Any]) -> Any:
+    try:
+        return list(map(_described, grads)), list(map(Tensor.stride, grads))
+    except (AttributeError, RuntimeError, TypeError):  # None; a sparse gradient has no strides
+        return None
 
 
 def lies_like(g: Tensor, leaf: Leaf) -> bool:

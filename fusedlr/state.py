@@ -7,16 +7,22 @@ pieces are, and a float32 vector of step counts. ``optimizer.state[p]`` holds vi
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from .flat import Home, aligned, dense_strides, is_dense, memory_view, own_view
+from .flat import SMALL, Home, aligned, dense_strides, is_dense, memory_view, own_view
 from .rule import Rule
 
-__all__ = ["Bank", "Leaf", "adopt", "check_entry", "ensure_state", "entry_views"]
+__all__ = ["Bank", "Leaf", "Mark", "adopt", "check_entry", "ensure_state", "entry_views", "watched"]
+
+# Between the starts of a bank's slots modulo a page. Streams at equal places within their pages compete for the same
+# sets of the cache: an update that reads and writes four of them takes 4 to 12 % longer.
+_STAGGER_BYTES = 9 * 128
 
 
 class Leaf:
@@ -91,7 +97,7 @@ class Leaf:
 
 
 class Bank:
-    """One allocation of state."""
+    """One allocation of state, small tensors first, as the parameters lie in their pieces."""
 
     __slots__ = ("before", "device", "dtype", "leaves", "names", "slots", "steps")
 
@@ -99,10 +105,13 @@ class Bank:
         first = leaves[0]
         total = sum(aligned(leaf.numel, leaf.dtype) for leaf in leaves)
         self.names = names
-        self.leaves = list(leaves)
+        self.leaves = sorted(leaves, key=lambda leaf: leaf.numel > SMALL)
         self.device = first.device
         self.dtype = first.dtype
-        self.slots = tuple(torch.zeros(total, dtype=first.dtype, device=first.device) for _ in names)
+        shifts = [i * _STAGGER_BYTES // first.dtype.itemsize for i in range(1, 1 + len(names))]
+        self.slots = tuple(
+            torch.zeros(shift + total, dtype=first.dtype, device=first.device)[shift:] for shift in shifts
+        )
         self.steps = torch.zeros(len(leaves), dtype=torch.float32, device=first.device)
         self.before: list[Any] = []
 
@@ -129,6 +138,67 @@ class Bank:
                 del state[leaf.param]
             else:
                 state[leaf.param] = entry
+
+
+class Mark:
+    """Set whenever somebody puts something else into the state that it watches."""
+
+    __slots__ = ("set",)
+
+    def __init__(self) -> None:
+        self.set = False
+
+
+class _Watched(dict[Any, Any]):
+    """A dict that sets a mark when its keys or values are replaced; it is copied and pickled as a plain dict."""
+
+    mark: Mark
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class _WatchedState(defaultdict[Tensor, Any]):
+    """The same for ``optimizer.state``."""
+
+    mark: Mark
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self))
+
+
+def _marking(cls: type[Any], name: str) -> None:
+    method = getattr(cls, name)
+
+    def marks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.mark.set = True
+        return method(self, *args, **kwargs)
+
+    setattr(cls, name, functools.wraps(method)(marks))
+
+
+for _cls in (_Watched, _WatchedState):
+    for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
+        _marking(_cls, _name)
+
+
+def watched(state: MutableMapping[Tensor, Any], mark: Mark) -> MutableMapping[Tensor, Any]:
+    """The optimizer's state as dicts that set the mark, which is cleared here.
+
+    Without it, every step would have to look at each of some thousand entries for what somebody may have replaced.
+    """
+    if not isinstance(state, _WatchedState) or state.mark is not mark:
+        entries = state
+        state = _WatchedState(dict)
+        state.mark = mark
+        state.update(entries)
+    for param, entry in state.items():
+        if isinstance(entry, dict) and (not isinstance(entry, _Watched) or entry.mark is not mark):
+            of_entry = _Watched(entry)
+            of_entry.mark = mark
+            state[param] = of_entry
+    mark.set = False
+    return state
 
 
 def entry_views(leaf: Leaf) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Norms on the PyTorch backend, kept in range and combined in float64.
 
 A piece of a gradient contributes a pair (scale, sum): its share of ``sum |g|^p`` is ``scale**p * sum``. In the
-ordinary case scale is 1. Where squares would overflow or vanish (1e20 and 1e-30 in float32) the piece is divided by
+ordinary case scale is 1. Where squares would overflow or vanish (1e200 and 1e-200 in float64) the piece is divided by
 its largest magnitude first, so that a norm is non-finite only if an element is.
 """
 
@@ -13,23 +13,24 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "euclidean", "piece_sum"]
+__all__ = ["ROW", "combine", "euclidean", "piece_sum", "row_norms"]
 
-# Sums of squares of float32 between these are as exact as float32 is: no square among them overflowed, and the squares
-# that fell below 1e-45 are too small to matter.
-_LEAST, _MOST = 1e-24, 1e38
-# The same for many rows at once: what a row can lose is then below 1e-12 of the whole.
-_LEAST_TOTAL = 1e-20
+# Elements whose squares are accumulated in the gradients' dtype, float32 at least (rounding: 1e-7 of a row's norm).
 ROW = 4096
+# Above this, a finite norm of many rows is as exact as its rows: no square overflowed, and what the rows lost to squares
+# below 1e-45 is less than 1e-12 of the whole.
+_LEAST = 1e-10
+_LEAST_WIDE, _MOST_WIDE = 1e-280, 1e300
 
 
 def piece_sum(x: Tensor, norm_type: float) -> tuple[float, float]:
-    """(scale, sum) of a one-dimensional piece on the CPU, short enough for float32 to accumulate (2**18 elements)."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()
+    """(scale, sum) of a one-dimensional piece on the CPU."""
+    narrow = x.dtype != torch.float64
     if norm_type == 2.0:
+        x = x.double()
         total = torch.dot(x, x).item()
-        if (_LEAST < total < _MOST) or (total == 0.0 and not x.any()):
+        # The squares of float32 numbers never leave the range of float64.
+        if narrow or (_LEAST_WIDE < total < _MOST_WIDE):
             return 1.0, total
     if x.numel() == 0:
         return 1.0, 0.0
@@ -42,26 +43,24 @@ def piece_sum(x: Tensor, norm_type: float) -> tuple[float, float]:
     return largest, (torch.dot(ratios, ratios) if norm_type == 2.0 else ratios.pow_(norm_type).sum()).item()
 
 
-def euclidean(flats: Iterable[Tensor]) -> float | None:
-    """The sum of squares of float32 or float64 gradients in one pass, or None where it must be found more carefully.
+def row_norms(x: Tensor, norms: list[Tensor]) -> None:
+    """Append the Euclidean norms of the rows of a flat gradient, all threads at work, and that of what is left."""
+    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else None
+    whole = x.numel() // ROW * ROW
+    if whole:
+        rows = (x if whole == x.numel() else x[:whole]).view(-1, ROW)
+        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
+    if whole < x.numel():
+        norms.append(torch.linalg.vector_norm(x[whole:] if whole else x, dtype=dtype).view(1))
 
-    Rows of 4096 elements are accumulated in the gradients' dtype (rounding: 1e-7 of a row's norm in float32), the rows
-    in float64.
-    """
-    norms = []
-    for x in flats:
-        if x.dtype not in (torch.float32, torch.float64):
-            return None
-        whole = x.numel() // ROW * ROW
-        if whole:
-            norms.append(torch.linalg.vector_norm((x if whole == x.numel() else x[:whole]).view(-1, ROW), dim=1))
-        if whole < x.numel():
-            norms.append(torch.linalg.vector_norm(x[whole:] if whole else x).view(1))
+
+def euclidean(norms: list[Tensor]) -> float | None:
+    """The norm of row norms, or None where it must be found more carefully."""
     if not norms:
         return 0.0
-    each = torch.cat(norms).double()
-    total = torch.dot(each, each).item()
-    return total if _LEAST_TOTAL < total < math.inf else None
+    each = torch.cat(norms) if len(norms) > 1 else norms[0]
+    norm = torch.linalg.vector_norm(each, dtype=torch.float64).item()
+    return norm if _LEAST < norm < math.inf else None
 
 
 def combine(pairs: Iterable[tuple[float, float]], norm_type: float) -> float:

@@ -1,0 +1,217 @@
+"""What one operator of the CPU backend treats: batches of tensors, and calls cut into rounds that fit into the cache.
+
+A *batch* is one tensor, or small neighbours of one group that lie side by side and are stepped as one from a gathered
+gradient. A *call* holds the batches of one group that have taken equally many steps. Its *rounds* are what one operator
+call treats: everything at once where the gradients can be read where they lie, else as much as the scratch holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..flat import SMALL
+from ..gather import in_order
+from ..rule import Rule
+from ..state import Leaf
+from .norms import ROW
+
+__all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces"]
+
+# Elements of a clipped piece of a large tensor, and of the longest batch of small ones.
+CHUNK = 1 << 18
+# Elements of scratch that are filled before the operator that reads them is called: they stay in the cache.
+ROUND = 1 << 19
+# Elements of gathered gradients that are kept from the norm to the update, instead of being gathered again.
+KEPT = 1 << 19
+
+
+def pieces(x: Tensor, size: int = CHUNK) -> Sequence[Tensor]:
+    """A flat tensor in pieces of at most ``size`` elements."""
+    return x.split(size) if x.numel() > size else (x,)
+
+
+class Batch:
+    """One leaf, or small neighbours; ``param`` is None where the only leaf has strides that leave gaps."""
+
+    __slots__ = ("_plain", "_take", "gathered", "leaves", "numel", "ordered", "param", "positions", "slots", "spans")
+
+    def __init__(self, positions: list[int], leaves: list[Leaf]) -> None:
+        first = leaves[0]
+        self.positions = positions
+        self.leaves = leaves
+        self.spans = [(leaf.bank_start - first.bank_start, leaf.numel) for leaf in leaves]
+        self.numel = sum(self.spans[-1])
+        self.ordered = False
+        self.gathered: Tensor | None = None  # where the gradients are kept from the norm to the update
+        if len(leaves) == 1:
+            self.param, self.slots = first.flat, first.slots
+            return
+        assert first.home is not None and first.bank is not None
+        self.param = first.home.piece[first.home.start : first.home.start + self.numel]
+        self.slots = tuple(slot[first.bank_start : first.bank_start + self.numel] for slot in first.bank.slots)
+        self._take = itemgetter(*positions)
+        # Vectors without padding between them are put together by one operator.
+        self._plain = all(leaf.param.ndim == 1 for leaf in leaves) and sum(n for _, n in self.spans) == self.numel
+
+    def gradient(self, grads: Sequence[Tensor]) -> Tensor:
+        """The gradient of the only leaf, in the order of ``param``."""
+        g, leaf = grads[self.positions[0]], self.leaves[0]
+        return g.as_strided((self.numel,), (1,)) if self.ordered else in_order(g, leaf)
+
+    def gather(self, grads: Sequence[Tensor], out: Tensor) -> Tensor:
+        """The gradients of all leaves in the order of ``param``, zeros between them."""
+        mine = self._take(grads)
+        out = out[: self.numel]
+        if self._plain:
+            return torch.cat(mine, out=out)
+        if out.data_ptr() != (self.gathered.data_ptr() if self.gathered is not None else 0):
+            out.zero_()  # a scratch of others; the own one has kept its zeros
+        views = [
+            out[start : start + n].as_strided(leaf.shape, leaf.strides)
+            for (start, n), leaf in zip(self.spans, self.leaves, strict=True)
+        ]
+        torch._foreach_copy_(views, list(mine))
+        return out
+
+
+class Piece(NamedTuple):
+    """A part of a batch in a round: elements ``start`` to ``stop``, their gradient in ``scratch`` where one is given."""
+
+    batch: Batch
+    start: int
+    stop: int
+    scratch: Tensor | None
+
+
+class Round(NamedTuple):
+    """What one operator call treats."""
+
+    params: list[Tensor]
+    slots: list[list[Tensor]]
+    pieces: list[Piece]
+
+
+class Call:
+    """Batches of one group, dtype and count of steps."""
+
+    __slots__ = ("_rounds", "batches", "group", "leaf", "rule", "steps")
+
+    def __init__(self, rule: Rule, batches: list[Batch]) -> None:
+        self.rule = rule
+        self.batches = batches
+        self.leaf = batches[0].leaves[0]
+        self.group = self.leaf.group
+        self.steps = list(_step_spans([leaf for batch in batches for leaf in batch.leaves]))
+        self._rounds: dict[bool, list[Round]] = {}
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether PyTorch has an operator of its own for this rule and dtype."""
+        return self.rule.aten is not None and self.leaf.dtype in (torch.float32, torch.float64)
+
+    def step(self) -> float | None:
+        """The number of this step for all leaves, or None where they have come to differ."""
+        value = float(self.steps[0][0])
+        return value + 1.0 if all((span == value).all() for span in self.steps) else None
+
+    def rounds(self, clipped: bool, scratch: Tensor) -> list[Round]:
+        """The rounds, where every gradient is to be scaled or where none is."""
+        if clipped not in self._rounds:
+            self._rounds[clipped] = list(_rounds(self.batches, clipped, scratch))
+        return self._rounds[clipped]
+
+
+def _rounds(batches: Sequence[Batch], clipped: bool, scratch: Tensor) -> Iterator[Round]:
+    names = len(batches[0].slots)
+    current, used = Round([], [[] for _ in range(names)], []), 0
+    for batch in batches:
+        if batch.param is None:
+            continue
+        alone = len(batch.leaves) == 1
+        size = CHUNK if alone and clipped else batch.numel
+        for start in range(0, batch.numel, max(1, size)):
+            stop = min(start + size, batch.numel)
+            # What is gathered and kept is scaled where it is; all other scaled gradients need a scratch.
+            needs = stop - start if (clipped if alone else batch.gathered is None) else 0
+            if used + needs > ROUND:
+                yield current
+                current, used = Round([], [[] for _ in range(names)], []), 0
+            whole = stop - start == batch.numel
+            current.params.append(batch.param if whole else batch.param[start:stop])
+            for held, slot in zip(current.slots, batch.slots, strict=True):
+                held.append(slot if whole else slot[start:stop])
+            current.pieces.append(Piece(batch, start, stop, scratch[used : used + needs] if needs else None))
+            used += needs
+    if current.pieces:
+        yield current
+
+
+def calls_of(leaves: Sequence[Leaf], rules: Sequence[Rule]) -> list[Call]:
+    """The batches and calls of the leaves, in the order of the groups, which ``rules`` has one each of."""
+    steps = {id(leaf.bank): leaf.bank.steps.tolist() for leaf in leaves if leaf.bank is not None}
+    taken = [steps[id(leaf.bank)][leaf.bank_index] for leaf in leaves]
+    banks = {key: i for i, key in enumerate(steps)}
+
+    # Small tensors in the order of their memory; the others, which may overlap, in the order of the parameters.
+    def place(i: int) -> tuple[bool, int, int]:
+        leaf = leaves[i]
+        return (False, banks[id(leaf.bank)], leaf.bank_index) if _may_join(leaf) else (True, 0, i)
+
+    runs: list[list[int]] = []
+    for i in sorted(range(len(leaves)), key=place):
+        last = runs[-1] if runs else [i]
+        if runs and taken[last[-1]] == taken[i] and _continues(leaves[last[0]], leaves[last[-1]], leaves[i]):
+            last.append(i)
+        else:
+            runs.append([i])
+    kept = 0
+    parts: dict[tuple[Any, ...], list[Batch]] = {}
+    for run in runs:
+        batch = Batch(run, [leaves[i] for i in run])
+        if len(run) > 1 and kept + batch.numel <= KEPT:
+            kept += batch.numel
+            # Whole rows, so that one operator finds the norms of all.
+            batch.gathered = torch.zeros(-(-batch.numel // ROW) * ROW, dtype=leaves[run[0]].dtype)
+        leaf = batch.leaves[0]
+        parts.setdefault((leaf.group, leaf.dtype, taken[run[0]]), []).append(batch)
+    return [Call(rules[key[0]], batches) for key, batches in sorted(parts.items(), key=lambda item: item[0][0])]
+
+
+def _may_join(leaf: Leaf) -> bool:
+    return leaf.home is not None and leaf.numel <= SMALL
+
+
+def _continues(first: Leaf, last: Leaf, leaf: Leaf) -> bool:
+    """Whether a leaf lies behind the last of a run, in parameters and in state, and belongs to the same group."""
+    if not (_may_join(last) and _may_join(leaf)):
+        return False
+    assert first.home is not None and leaf.home is not None
+    if leaf.bank is not last.bank or leaf.bank_index != last.bank_index + 1 or leaf.group != last.group:
+        return False
+    if leaf.home.piece is not last.home.piece:  # type: ignore[union-attr]
+        return False
+    if leaf.home.start - first.home.start != leaf.bank_start - first.bank_start:
+        return False
+    return leaf.bank_start + leaf.numel - first.bank_start <= CHUNK
+
+
+def _step_spans(leaves: Sequence[Leaf]) -> Iterator[np.ndarray[Any, Any]]:
+    """The leaves' step counts as few slices of their banks, as arrays over the same memory."""
+    places: dict[int, list[int]] = {}
+    banks = {}
+    for leaf in leaves:
+        assert leaf.bank is not None
+        banks[id(leaf.bank)] = leaf.bank
+        places.setdefault(id(leaf.bank), []).append(leaf.bank_index)
+    for key, indices in places.items():
+        indices.sort()
+        steps = banks[key].steps.numpy()
+        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+        for part in np.split(np.array(indices), breaks):
+            yield steps[part[0] : part[-1] + 1]
