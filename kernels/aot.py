@@ -29,6 +29,7 @@ from . import launch, rules
 from .apply import apply
 from .decide import decide
 from .measure import EUCLID, LARGEST, POWER, measure
+from .step import step
 
 __all__ = ["Kernel", "Report", "compile_kernel", "kernels"]
 
@@ -47,6 +48,7 @@ class Kernel(NamedTuple):
     num_warps: int
     fp_fusion: bool
     bytes_per_element: float
+    maxnreg: int | None = None
 
 
 class Report(NamedTuple):
@@ -126,6 +128,17 @@ def _apply(rule: str, dtype: torch.dtype, clamp: bool = False) -> Kernel:
     return Kernel(name, apply, _signature(apply, types, constants), constants, launch.NUM_WARPS, True, moved)
 
 
+def _step(rule: str, dtype: torch.dtype) -> Kernel:
+    parts = _measure(dtype, int(EUCLID.value)), _decide(rule, dtype, "global", "clip_factor", True), _apply(rule, dtype)
+    constants = {name: value for part in parts for name, value in part.constants.items()}
+    types = {"barrier_ptr": "*i64"} | {n: t for part in parts for n, t in part.signature.items() if t != "constexpr"}
+    moved = sum(part.bytes_per_element for part in parts)
+    signature = _signature(step, types, constants)
+    return Kernel(
+        f"step-{rule}-{_SHORT[dtype]}", step, signature, constants, launch.NUM_WARPS, True, moved, launch.STEP_REGISTERS
+    )
+
+
 def kernels() -> Iterator[Kernel]:
     """Every kernel that a step can launch, for the dtypes that are stepped."""
     for dtype in (FP32, BF16, FP16):
@@ -142,6 +155,9 @@ def kernels() -> Iterator[Kernel]:
         for dtype in (FP32, BF16, FP16, FP64):
             yield _apply(rule, dtype)
     yield _apply("adamw", FP32, clamp=True)
+    for rule in ("adamw", "sgd_momentum"):
+        for dtype in (FP32, BF16):
+            yield _step(rule, dtype)
 
 
 @functools.cache
@@ -160,7 +176,7 @@ def compile_kernel(kernel: Kernel, arch: str, out: Path) -> Report:
             "kernels that were defined under TRITON_INTERPRET=1 cannot be compiled; unset it and start Python anew"
         )
     source = ASTSource(fn=kernel.function, signature=kernel.signature, constexprs=kernel.constants)
-    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": kernel.fp_fusion}
+    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": kernel.fp_fusion, "maxnreg": kernel.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
     path = out / f"{kernel.name}.cubin"
     path.write_bytes(compiled.asm["cubin"])

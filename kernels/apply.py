@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .segments import GRAD, HEAD, PARAM, block_of, chunk_of, pointer
 
-__all__ = ["apply"]
+__all__ = ["apply", "apply_chunk"]
 
 
 @triton.jit
@@ -30,6 +30,50 @@ def update_block(
     tl.store(p_ptrs, ROUND(new[0], P), mask=mask)
     for i in tl.static_range(SLOTS):
         tl.store(block_of(state_ptrs[i], offset, ALIGNED) + lanes, ROUND(new[i + 1], S), mask=mask)
+
+
+@triton.jit
+def apply_chunk(
+    segments_ptr, chunks_ptr, rows_ptr, chunk, chunk_size,
+    RULE: tl.constexpr, HYPER: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, FIELDS: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Update one chunk by its tensor's row."""
+    segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, chunk, chunk_size, HEAD + SLOTS)
+    numbers_ptr = rows_ptr + segment * (FIELDS + 2)
+    fields = ()
+    for i in tl.static_range(FIELDS):
+        fields = fields + (tl.load(numbers_ptr + i),)  # noqa: RUF005
+    h = HYPER(fields)
+    grad_scale = tl.load(numbers_ptr + FIELDS)
+    limit = tl.load(numbers_ptr + FIELDS + 1)
+
+    p_address = tl.load(row + PARAM)
+    g_address = tl.load(row + GRAD)
+    p_ptr = pointer(p_address, P)
+    g_ptr = pointer(g_address, G)
+    state_ptrs = ()
+    for i in tl.static_range(SLOTS):
+        state_ptrs = state_ptrs + (pointer(tl.load(row + HEAD + i), S),)  # noqa: RUF005
+
+    lanes = tl.arange(0, BLOCK)
+    # Full blocks of aligned tensors go without a mask, in 16-byte accesses; the rest, and tensors that somebody
+    # placed at odd addresses, with one. State is always aligned.
+    aligned = ((p_address | g_address) & 15) == 0
+    full = tl.where(aligned, start + (stop - start) // BLOCK * BLOCK, start)
+    for offset in range(start, full, BLOCK):
+        update_block(
+            p_ptr, g_ptr, state_ptrs, offset, lanes, None, h, grad_scale, limit, True,
+            RULE, CLIP, ROUND, P, S, SLOTS, WIDE,
+        )  # fmt: skip
+    # One element a thread: eight addresses of each array would cost more registers than the loop above needs.
+    few = tl.arange(0, TAIL)
+    for offset in range(full, stop, TAIL):
+        update_block(
+            p_ptr, g_ptr, state_ptrs, offset, few, offset + few < stop, h, grad_scale, limit, False,
+            RULE, CLIP, ROUND, P, S, SLOTS, WIDE,
+        )  # fmt: skip
 
 
 def _name(specialization):
@@ -60,39 +104,9 @@ def apply(
     TAIL: tl.constexpr,
 ):
     # Backward, so that the gradients measured last, still in the L2 cache, are read first.
-    program = n_chunks - 1 - tl.program_id(0)
+    chunk = n_chunks - 1 - tl.program_id(0)
     if tl.load(skip_ptr) == 0:
-        segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, HEAD + SLOTS)
-        numbers_ptr = rows_ptr + segment * (FIELDS + 2)
-        fields = ()
-        for i in tl.static_range(FIELDS):
-            fields = fields + (tl.load(numbers_ptr + i),)  # noqa: RUF005
-        h = HYPER(fields)
-        grad_scale = tl.load(numbers_ptr + FIELDS)
-        limit = tl.load(numbers_ptr + FIELDS + 1)
-
-        p_address = tl.load(row + PARAM)
-        g_address = tl.load(row + GRAD)
-        p_ptr = pointer(p_address, P)
-        g_ptr = pointer(g_address, G)
-        state_ptrs = ()
-        for i in tl.static_range(SLOTS):
-            state_ptrs = state_ptrs + (pointer(tl.load(row + HEAD + i), S),)  # noqa: RUF005
-
-        lanes = tl.arange(0, BLOCK)
-        # Full blocks of aligned tensors go without a mask, in 16-byte accesses; the rest, and tensors that somebody
-        # placed at odd addresses, with one. State is always aligned.
-        aligned = ((p_address | g_address) & 15) == 0
-        full = tl.where(aligned, start + (stop - start) // BLOCK * BLOCK, start)
-        for offset in range(start, full, BLOCK):
-            update_block(
-                p_ptr, g_ptr, state_ptrs, offset, lanes, None, h, grad_scale, limit, True,
-                RULE, CLIP, ROUND, P, S, SLOTS, WIDE,
-            )  # fmt: skip
-        # One element a thread: eight addresses of each array would cost more registers than the loop above needs.
-        few = tl.arange(0, TAIL)
-        for offset in range(full, stop, TAIL):
-            update_block(
-                p_ptr, g_ptr, state_ptrs, offset, few, offset + few < stop, h, grad_scale, limit, False,
-                RULE, CLIP, ROUND, P, S, SLOTS, WIDE,
-            )  # fmt: skip
+        apply_chunk(
+            segments_ptr, chunks_ptr, rows_ptr, chunk, chunk_size,
+            RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, BLOCK, TAIL,
+        )  # fmt: skip

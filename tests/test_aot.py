@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 from test_twins import RULES
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+from fusedlr.kernels import launch  # noqa: E402
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -128,6 +130,36 @@ def test_measure_reads_16_bytes_at_once_and_spills_nothing(table: Table) -> None
         if name.startswith("measure-euclid-"):
             assert kernel["loads_128"] % ACCESSES[dtype_of(name)] == 0 and kernel["loads_128"] > 0, kernel
             assert kernel["registers"] <= 64, kernel
+
+
+def innermost_loop_that_stores(cubin: Path) -> list[str]:
+    """The instructions of the shortest loop with 16-byte stores: that of apply over whole blocks."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    code = subprocess.run([str(tool), "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    lines = [(int(at, 16), op) for at, op in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", code, flags=re.MULTILINE)]
+    loops = []
+    for at, operation in lines:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", operation)
+        if back and int(back[1], 16) < at:
+            loops.append([op for where, op in lines if int(back[1], 16) <= where <= at])
+    return min((loop for loop in loops if any("STG.E.128" in op for op in loop)), key=len)
+
+
+def test_a_step_in_one_launch_fits_as_often_as_it_is_launched(table: Table, compiling: Compiling, arch: str) -> None:
+    steps = [kernel for name, kernel in table.items() if name.startswith("step-")]
+    assert len(steps) == 4
+    for kernel in steps:
+        # A multiprocessor has 65536 registers on every architecture; a warp takes them in units of 256.
+        a_warp = -(-32 * kernel["registers"] // 256) * 256
+        assert 65536 // (launch.NUM_WARPS * a_warp) >= launch.STEP_BLOCKS, kernel
+        # Only the sine of decide goes through local memory, by an indexed array that no register bound changes.
+        _, rule, dtype = kernel["name"].split("-")
+        loop = innermost_loop_that_stores(compiling.folder / arch / f"{kernel['name']}.cubin")
+        assert not any(re.search(r"\b(LDL|STL)\b", op) for op in loop), kernel
+        assert not any(re.search(r"\bD(ADD|MUL|FMA|SETP)\b", op) for op in loop), kernel
+        slots = len(RULES[rule].slots)
+        assert sum("LDG.E.128" in op for op in loop) == (2 + slots) * ACCESSES[dtype]
+        assert sum("STG.E.128" in op for op in loop) == (1 + slots) * ACCESSES[dtype]
 
 
 def test_decide_computes_in_float64(table: Table) -> None:
