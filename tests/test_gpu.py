@@ -410,9 +410,14 @@ def test_one_launch_replayed_from_a_graph(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
-def test_one_launch_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, no_wait: None) -> None:
+def test_one_launch_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     one_launch(monkeypatch, True)
-    optimizer = fusedlr.AdamW([p := torch.nn.Parameter(torch.ones(5000, device="cuda"))], clip=1.0, backend="triton")
-    for _ in range(3):
-        p.grad = torch.ones_like(p)
-        optimizer.step()
+    optimizer, params = run("adamw", "triton", steps=0, clip=1.0)
+    for i in range(3):
+        give(params, i)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

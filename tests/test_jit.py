@@ -123,7 +123,7 @@ def test_a_step_in_one_launch_compiles_and_orders_its_memory() -> None:
         # The programs that are to be there at once share 64 KiB on the smallest multiprocessor; each takes 1 KiB more.
         assert launch.STEP_BLOCKS * (kernel["shared"] + 1024) <= 64 * 1024
         # In the order of the code: arrive with what was written and see what others wrote, decide, release, wait.
-        words = re.findall(r"bar\.sync|(?:atom|red)\.[a-z.]*(?:acq_rel|release|acquire)[.a-z]*", kernel["ptx"])
+        words = re.findall(r"bar\.sync|(?:atom|red|ld)\.[a-z.]*(?:acq_rel|release|acquire)[.a-z]*", kernel["ptx"])
         orders = [next(o for o in ("acq_rel", "release", "acquire", "bar.sync") if o in word) for word in words]
         assert [order for order in orders if order != "bar.sync"] == ["acq_rel", "release", "acquire"]
         assert all(".gpu" in word or word == "bar.sync" for word in words), words
