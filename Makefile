@@ -16,7 +16,7 @@ ARGS ?=
 OUT ?= bench/results/local.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench report lint clean
 # A recipe that fails must not leave a stamp behind that says it succeeded.
 .DELETE_ON_ERROR:
 
@@ -32,6 +32,9 @@ test: $(INSTALLED) ## run the tests
 bench: $(INSTALLED) ## time fusedlr against torch.optim on this machine's GPU, or on its CPU
 	$(RUN) bench/run.py --device auto --out $(OUT) $(ARGS)
 	$(RUN) -m pytest bench --benchmark-columns=median,iqr,rounds
+
+report: $(INSTALLED) ## write docs/performance.md from the records in bench/results
+	$(RUN) bench/report.py $(ARGS)
 
 lint: $(LINTERS) ## check style and types
 	$(RUN) -m ruff check .

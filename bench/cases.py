@@ -28,7 +28,11 @@ class Case:
     clip: float | None = 1.0
     schedule: str | None = "cosine"
     dtype: torch.dtype = torch.float32
+    # How fusedlr stores state and weights: the arguments of its Precision; None: as torch.optim stores them.
+    precision: dict[str, str] | None = None
     n_groups: int = 1
+    # A point on the plots of time against size: left out by --quick, and by pytest.
+    sweep: bool = False
 
     @property
     def n_params(self) -> int:
@@ -39,14 +43,19 @@ class Case:
         return len(self.shapes())
 
     @property
+    def state_dtype(self) -> torch.dtype:
+        state = (self.precision or {}).get("state", "param")
+        return {"param": self.dtype, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[state]
+
+    @property
     def bytes_per_param_floor(self) -> int:
         """Least memory traffic of a step: the gradient is read twice with clipping and never written."""
         if self.optimizer == "AdamW":
             state_tensors = 2
         else:
             state_tensors = 1 if self.arguments.get("momentum") else 0
-        read_and_written = 1 + state_tensors
-        return (2 * read_and_written + (1 if self.clip is None else 2)) * self.dtype.itemsize
+        param_and_gradient = (2 + (1 if self.clip is None else 2)) * self.dtype.itemsize
+        return param_and_gradient + 2 * state_tensors * self.state_dtype.itemsize
 
     def groups(self, params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
         """The parameters as one group, or as two: matrices that decay and vectors that do not."""
@@ -92,6 +101,11 @@ def gpt_95m() -> Shapes:
     return transformer(12_288, 1_024, 768, 12, final_norm=False)
 
 
+def gpt_3m() -> Shapes:
+    """3.3 million parameters in 52 tensors: with their gradients and state, more than most caches hold."""
+    return transformer(256, 128, 256, 4)
+
+
 def resnet50() -> Shapes:
     """torchvision's ResNet-50: 25,557,032 parameters in 161 tensors."""
     shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
@@ -106,15 +120,39 @@ def resnet50() -> Shapes:
     return [*shapes, (1_000, 2_048), (1_000,)]
 
 
+def gpt_of(n_params: int) -> Callable[[], Shapes]:
+    """A GPT-2 of 8 layers, 100 tensors, whose width brings it near that many parameters."""
+
+    def shapes(width: int) -> Shapes:
+        return transformer(16 * width, 4 * width, width, 8)
+
+    def distance(width: int) -> int:
+        return abs(sum(math.prod(shape) for shape in shapes(width)) - n_params)
+
+    return lambda: shapes(min(range(4, 4_096, 4), key=distance))
+
+
+def sweep(device: str, sizes: tuple[str, ...]) -> list[Case]:
+    return [Case(f"{device}-sweep-{size}", device, gpt_of(int(float(size))), n_groups=2, sweep=True) for size in sizes]
+
+
+SIZES = ("1e5", "3e5", "1e6", "3e6", "1e7", "3e7", "1e8", "3e8", "1e9")
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
 CASES = (
     Case("cpu-gpt-95m", "cpu", gpt_95m, n_groups=2),
     Case("cpu-gpt-95m-unclipped", "cpu", gpt_95m, clip=None, n_groups=2),
-    Case("cpu-gpt-3m", "cpu", lambda: transformer(256, 128, 256, 4), n_groups=2),
+    Case("cpu-gpt-3m", "cpu", gpt_3m, n_groups=2),
     Case("cpu-150x512", "cpu", same(150, 512)),
     Case("cpu-2000x64", "cpu", same(2_000, 64)),
+    Case("cpu-gpt-95m-sgd", "cpu", gpt_95m, optimizer="SGD", arguments=SGD, n_groups=2),
+    Case("cpu-gpt-95m-sgd-unclipped", "cpu", gpt_95m, optimizer="SGD", arguments=SGD, clip=None, n_groups=2),
     Case("cpu-resnet50-sgd", "cpu", resnet50, optimizer="SGD", arguments=SGD),
+    Case("cpu-resnet50-sgd-unclipped", "cpu", resnet50, optimizer="SGD", arguments=SGD, clip=None),
+    Case("cpu-gpt-3m-sgd", "cpu", gpt_3m, optimizer="SGD", arguments=SGD, n_groups=2),
+    Case("cpu-150x512-sgd", "cpu", same(150, 512), optimizer="SGD", arguments=SGD),
+    Case("cpu-2000x64-sgd", "cpu", same(2_000, 64), optimizer="SGD", arguments=SGD),
+    *sweep("cpu", SIZES[:7]),
     Case("cuda-1g", "cuda", same(300, 2_048, 1_628)),
     Case("cuda-1g-unclipped", "cuda", same(300, 2_048, 1_628), clip=None),
     Case("cuda-1g-bf16", "cuda", same(300, 2_048, 1_628), dtype=torch.bfloat16),
@@ -125,4 +163,5 @@ CASES = (
     Case("cuda-2000x4096", "cuda", same(2_000, 4_096)),
     Case("cuda-resnet50", "cuda", resnet50),
     Case("cuda-resnet50-sgd", "cuda", resnet50, optimizer="SGD", arguments=SGD),
+    *sweep("cuda", SIZES),
 )

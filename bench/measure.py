@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bench.cases import Case
-from bench.peers import PEERS, Build, Contender, build_fusedlr, replays_graph
+from bench.peers import PEERS, Build, Contender, build_fusedlr, difference_of, replays_graph
 
 # Norms of the gradients from step to step, in units of the threshold: below, far above, a little above. They vary so
 # that a wrong clip factor shows: to a constant factor alone Adam is blind.
@@ -20,7 +20,7 @@ GRADIENT_NORMS = (0.5, 4.0, 1.7)
 CHECKED_STEPS = len(GRADIENT_NORMS)
 MINIMUM_ROUNDS = 20
 
-# Enough to push the last-level cache of current CPUs' core groups and the L2 cache of current GPUs out.
+# Enough to push everything out of the last-level cache of current CPUs' core groups and the L2 cache of current GPUs.
 FLUSH_BYTES = 256 * 2**20
 
 
@@ -44,8 +44,8 @@ class Times:
 class Comparison:
     """fusedlr and one peer on the same case.
 
-    Both sides own their parameters and gradients. The gradients, in tensors of their own as autograd leaves them, are
-    written anew before every step, since torch clips them in place; that is not part of any time.
+    Both sides own their parameters and gradients. Before every step each parameter gets a gradient in a new tensor at
+    another address, as from a backward pass after `zero_grad()`; that is not part of any time.
     """
 
     def __init__(self, case: Case, peer: str, seed: int = 0, build_peer: Build | None = None) -> None:
@@ -60,8 +60,6 @@ class Comparison:
         for build in (build_fusedlr, build_peer or PEERS[peer]):
             params = [Parameter(p.clone()) for p in self.initial]
             self.sides.append((params, build(case, params)))
-            for p in params:
-                p.grad = torch.empty_like(p)
         self.steps = 0
         self._trash = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=case.device)
 
@@ -75,9 +73,8 @@ class Comparison:
                 contender.capture()
         times: tuple[list[float], list[float]] = ([], [])
         for i in range(rounds):
-            self.refresh_gradients()
             for side in (0, 1) if i % 2 == 0 else (1, 0):
-                self.flush_caches()
+                self.prepare(side)
                 times[side].append(self._timed(self.sides[side][1].step))
             self.steps += 1
         self.compare()
@@ -86,26 +83,35 @@ class Comparison:
     def check(self) -> None:
         """Take a few steps on both sides and compare."""
         for _ in range(CHECKED_STEPS):
-            self.refresh_gradients()
-            for _, contender in self.sides:
+            for side, (_, contender) in enumerate(self.sides):
+                self.write_gradients(side)
                 contender.step()
             self.steps += 1
         self.compare()
 
     @torch.no_grad()
-    def refresh_gradients(self) -> None:
+    def write_gradients(self, side: int) -> None:
+        """Give the parameters of one side the gradients of this step."""
         scale = self.unit * GRADIENT_NORMS[self.steps % len(GRADIENT_NORMS)]
-        for params, _ in self.sides:
-            for p, g in zip(params, self.gradients, strict=True):
+        for p, g in zip(self.sides[side][0], self.gradients, strict=True):
+            if p.grad is not None and replays_graph(self.peer_name):
+                # A captured graph reads the addresses that it was captured with.
                 torch.mul(g, scale, out=p.grad)
+            else:
+                # The new tensor is made while the old one is there, so no allocator can give it the same address.
+                p.grad = g * scale
 
     def flush_caches(self) -> None:
         self._trash.fill_(self.steps % 251)
 
-    def prepare(self) -> None:
-        """What comes before a step and is not part of its time."""
-        self.refresh_gradients()
-        self.flush_caches()
+    def prepare(self, side: int) -> None:
+        """What comes before a step and is not part of its time: see "What is timed" in README.md for the order."""
+        if self.case.device == "cuda":
+            self.write_gradients(side)
+            self.flush_caches()
+        else:
+            self.flush_caches()
+            self.write_gradients(side)
 
     @torch.no_grad()
     def compare(self) -> None:
@@ -115,6 +121,7 @@ class Comparison:
         # 1 - beta2**t, and so the update, off by up to 1e-5 in the first steps. In bfloat16, torch also rounds the norm
         # and the clipped gradients to 8 bits, and both sides round the state, each worth 2**-9 to 2**-8 of an update.
         per_step, of_movement = {torch.float32: (2.0**-22, 2e-5), torch.bfloat16: (2.0**-7, 2.0**-5)}[self.case.dtype]
+        of_movement += difference_of(self.peer_name, self.case)
         (ours, _), (theirs, _) = self.sides
         for i, (a, b, start) in enumerate(zip(ours, theirs, self.initial, strict=True)):
             mine, other, before = a.float(), b.float(), start.float()

@@ -34,6 +34,7 @@ def environment(device: str, commit: str | None) -> dict[str, Any]:
         "triton": triton_version(),
         "cuda": torch.version.cuda if cuda else None,
         "driver": driver_version() if cuda else None,
+        "threads": None if cuda else torch.get_num_threads(),
     }
 
 
@@ -42,7 +43,6 @@ def record(
 ) -> dict[str, float | int | str | bool | None]:
     """One line of a results file. It is written of steps that were compared before and after, hence `checked`."""
     ours, theirs = times.percentiles(times.fusedlr), times.percentiles(times.peer)
-    dtype = str(case.dtype).removeprefix("torch.")
     return {
         **shared,
         "case": case.name,
@@ -52,8 +52,8 @@ def record(
         "n_params": case.n_params,
         "n_tensors": case.n_tensors,
         "n_groups": case.n_groups,
-        "dtype": dtype,
-        "state_dtype": dtype,  # as torch.optim keeps it
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "state_dtype": str(case.state_dtype).removeprefix("torch."),
         "graph": replays_graph(peer),
         "peer": peer,
         **{f"fusedlr_ms_p{p}": ms for p, ms in zip((20, 50, 80), ours, strict=True)},

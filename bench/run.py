@@ -1,4 +1,4 @@
-"""Time fusedlr against torch.optim, and append one JSON record for every case and peer.
+"""Time fusedlr against torch.optim and other libraries, and append one JSON record for every case and peer.
 
     python bench/run.py --device cuda --out bench/results/h200.jsonl
     python bench/run.py --device cpu --quick --out results.jsonl
@@ -12,6 +12,7 @@ import argparse
 import gc
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
 
 from bench.cases import CASES, Case
 from bench.measure import MINIMUM_ROUNDS, Comparison, DisagreementError, copy_gbps
-from bench.peers import PEERS, peers_of
+from bench.peers import PEERS, is_installed, peers_of
 from bench.records import append, bandwidth_fraction, environment, ratio, record
 
 # What --quick takes on, in parameters: a second or so for each side of a case.
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=names, help="only this case; may be repeated")
     parser.add_argument("--peer", action="append", choices=list(PEERS), help="only this peer; may be repeated")
     parser.add_argument("--rounds", type=int, help=f"timed steps of each side; {MINIMUM_ROUNDS} or more")
+    parser.add_argument("--threads", type=int, help="CPU threads that PyTorch may use, on both sides; on a CPU only")
     parser.add_argument("--commit", help="the commit that this clean copy of the tree is of, where there is no git")
     args = parser.parse_args(argv)
     if args.device == "auto":
@@ -51,6 +53,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.rounds = MINIMUM_ROUNDS if args.quick else ROUNDS
     if args.rounds < MINIMUM_ROUNDS:
         parser.error(f"expected --rounds of at least {MINIMUM_ROUNDS}, got {args.rounds}")
+    if args.threads is not None and (args.device == "cuda" or args.threads < 1):
+        parser.error(f"expected --threads of at least 1, with --device cpu, got {args.threads} with {args.device}")
     if args.commit is not None and not re.fullmatch(r"[0-9a-f]{40}", args.commit):
         parser.error(f"expected --commit as 40 hex digits, got {args.commit!r}")
     return args
@@ -58,6 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def chosen(args: argparse.Namespace) -> list[Case]:
     cases = [case for case in CASES if case.device == args.device and (not args.case or case.name in args.case)]
+    if args.quick and not args.case:
+        cases = [case for case in cases if not case.sweep]
     if not cases:
         sys.exit(f"none of the cases {args.case} is for --device {args.device}; see bench/cases.py")
     limit = QUICK_LIMIT[args.device]
@@ -65,6 +71,13 @@ def chosen(args: argparse.Namespace) -> list[Case]:
         if args.quick and case.n_params > limit:
             print(f"skipped {case.name}: {case.n_params:,} parameters are more than --quick takes on ({limit:,})")
     return [case for case in cases if not args.quick or case.n_params <= limit]
+
+
+def installed(pairs: list[tuple[Case, str]]) -> list[tuple[Case, str]]:
+    """What can be run here; says once for each library what cannot."""
+    for peer in sorted({peer for _, peer in pairs if not is_installed(peer)}):
+        print(f"skipped the peer {peer}: it is not installed here")
+    return [(case, peer) for case, peer in pairs if is_installed(peer)]
 
 
 def compare(case: Case, peer: str, rounds: int, shared: dict[str, Any], copy: float) -> dict[str, Any]:
@@ -76,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 if every comparison that was wanted is recorded or was skipped for its size, 1 otherwise."""
     args = parse(argv)
     cases = chosen(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     shared = environment(args.device, args.commit)
     print(f"{shared['device']}, torch {shared['torch']}, commit {shared['commit'][:10]}{', dirty' * shared['dirty']}")
     copy = copy_gbps(args.device)
@@ -83,27 +98,29 @@ def main(argv: list[str] | None = None) -> int:
     row = "{:<24}{:<24}{:>12}{:>12}{:>9}{:>12}"
     print(row.format("case", "peer", "fusedlr ms", "peer ms", "ratio", "bandwidth"))
     failures = 0
-    for case in cases:
-        for peer in peers_of(case):
-            if args.peer and peer not in args.peer:
-                continue
-            try:
-                line = compare(case, peer, args.rounds, shared, copy)
-            except torch.OutOfMemoryError:
-                print(f"skipped {case.name} against {peer}: it does not fit into the memory of this GPU")
-                continue
-            except DisagreementError as error:
-                failures += 1
-                print(f"NOT RECORDED: {error}", file=sys.stderr)
-                continue
-            finally:
-                # The next comparison needs the memory of this one.
-                gc.collect()
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
-            append(args.out, line)
-            p50 = (f"{line['fusedlr_ms_p50']:.3f}", f"{line['peer_ms_p50']:.3f}")
-            print(row.format(case.name, peer, *p50, f"{ratio(line):.2f}x", f"{bandwidth_fraction(line):.0%}"))
+    for case, peer in installed([(c, p) for c in cases for p in peers_of(c, args.peer or ())]):
+        try:
+            line = compare(case, peer, args.rounds, shared, copy)
+        except torch.OutOfMemoryError:
+            print(f"skipped {case.name} against {peer}: it does not fit into the memory of this GPU")
+            continue
+        except DisagreementError as error:
+            failures += 1
+            print(f"NOT RECORDED: {error}", file=sys.stderr)
+            continue
+        except Exception:
+            # Compilers and other libraries break in ways of their own; the comparisons that follow are worth having.
+            failures += 1
+            print(f"NOT RECORDED: case {case.name}, {peer}:\n{traceback.format_exc()}", file=sys.stderr)
+            continue
+        finally:
+            # The next comparison needs the memory of this one.
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+        append(args.out, line)
+        p50 = (f"{line['fusedlr_ms_p50']:.3f}", f"{line['peer_ms_p50']:.3f}")
+        print(row.format(case.name, peer, *p50, f"{ratio(line):.2f}x", f"{bandwidth_fraction(line):.0%}"))
     print(f"\nratio: how many times as long the peer takes. bandwidth: of the copy's. Records: {args.out}")
     return 1 if failures else 0
 

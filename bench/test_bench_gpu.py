@@ -8,7 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.cases import CASES, Case
 from bench.measure import MINIMUM_ROUNDS, Comparison
-from bench.peers import peers_of, replays_graph
+from bench.peers import is_installed, peers_of, replays_graph
 from bench.run import QUICK_LIMIT
 
 pytestmark = [
@@ -17,8 +17,10 @@ pytestmark = [
 ]
 
 # The billion-parameter cases need tens of GB, and bench/run.py covers them.
-SMALL = [case for case in CASES if case.device == "cuda" and case.n_params <= QUICK_LIMIT["cuda"]]
-PAIRS = [pytest.param(case, peer, id=f"{case.name}-{peer}") for case in SMALL for peer in peers_of(case)]
+TABLE = [case for case in CASES if case.device == "cuda" and not case.sweep]
+SMALL = [case for case in TABLE if case.n_params <= QUICK_LIMIT["cuda"]]
+HERE = [(case, peer) for case in SMALL for peer in peers_of(case) if is_installed(peer)]
+PAIRS = [pytest.param(case, peer, id=f"{case.name}-{peer}") for case, peer in HERE]
 GRAPH_PAIRS = [pytest.param(case, "torch-fused-graph", id=f"{case.name}-graph") for case in SMALL]
 
 
@@ -49,7 +51,7 @@ def time_side(benchmark: BenchmarkFixture, case: Case, peer: str, side: int) -> 
         torch.cuda.synchronize()
 
     def prepare() -> None:
-        comparison.prepare()
+        comparison.prepare(side)
         torch.cuda.synchronize()
 
     benchmark.group = f"{case.name}, graphs" if replays_graph(peer) else case.name

@@ -2,9 +2,26 @@
 
     python -m fusedlr.kernels.aot --arch sm_90 --out DIR
 
-writes one cubin a kernel, named kernel-rule-dtype, and ``table.json``, and prints the same table: registers, shared
-memory, local memory accesses (LDL, STL), 128-bit accesses to global memory, and fp64 instructions. It needs no GPU:
-Triton compiles for a named target, and its own cuobjdump and nvdisasm show the result.
+writes one cubin a kernel (for an AMD target such as gfx942 one .hsaco), named kernel-rule-dtype[-format], and
+``table.json``, and prints the same table. It needs no GPU: Triton compiles for a named target, and its own cuobjdump
+shows the result. ``apply-adamw-bf16`` has bfloat16 parameters with bfloat16 state, ``apply-adamw-bf16-fp32`` bfloat16
+parameters with float32 state. The columns:
+
+    registers           of a thread (on AMD its vector registers)
+    shared              bytes of shared memory of a program: reductions need some, apply none
+    local               accesses to local memory, LDL and STL (on AMD to scratch, and its bytes a thread)
+    loads_128           loads from global memory of 16 bytes or more; loads_64 of 8; loads_32 of 4 or fewer
+    stores_128 ...      likewise for stores
+    fp64                instructions of float64 arithmetic
+    bytes_per_element   what the pass has to move for one element (0 for decide, which treats tensors)
+    loops               the main loops, each as bits of its narrowest access to global memory, bytes a thread moves in
+                        one iteration, and instructions of one iteration; in ``table.json`` also its bytes stored, and
+                        local and fp64 as above
+
+A main loop is an innermost loop with 16-byte accesses. The compiler may unroll it, and what remains is a main loop as
+well: each one moves whole multiples of a block, and has no narrower access (but one of 8 bytes to a 16-bit array beside
+those of 16 to a float32 one). Its instructions include what is for rare cases only, such as the root of a denormal
+number. The accesses outside the main loops are the tables', the tails' and those of tensors at odd addresses.
 """
 
 from __future__ import annotations
@@ -31,10 +48,12 @@ from .decide import decide
 from .measure import EUCLID, LARGEST, POWER, measure
 from .step import step
 
-__all__ = ["Kernel", "Report", "compile_kernel", "kernels"]
+__all__ = ["FORMATS", "Kernel", "Loop", "Report", "compile_kernel", "kernel_name", "kernels"]
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _SHORT = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
+# How the state of 16-bit parameters is stored: in the parameters' dtype, or in one of its own.
+FORMATS: dict[str, torch.dtype | None] = {"param": None, "fp32": FP32}
 _MODES = {int(EUCLID.value): "euclid", int(LARGEST.value): "largest", int(POWER.value): "power"}
 
 
@@ -45,10 +64,21 @@ class Kernel(NamedTuple):
     function: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    num_warps: int
+    threads: int
     fp_fusion: bool
     bytes_per_element: float
-    maxnreg: int | None = None
+    most_registers: int | None = None  # a bound that the compiler is given; on NVIDIA only
+
+
+class Loop(NamedTuple):
+    """A main loop: bits of its narrowest access, and what a thread moves and does in one iteration."""
+
+    narrowest: int
+    bytes: int
+    instructions: int
+    stored: int  # of the bytes
+    local: int
+    fp64: int
 
 
 class Report(NamedTuple):
@@ -59,11 +89,36 @@ class Report(NamedTuple):
     shared: int
     local: int
     loads_128: int
-    loads_narrower: int
+    loads_64: int
+    loads_32: int
     stores_128: int
-    stores_narrower: int
+    stores_64: int
+    stores_32: int
     fp64: int
     bytes_per_element: float
+    loops: list[Loop]
+
+
+class Code(NamedTuple):
+    """The machine code of a kernel, as far as a report needs it.
+
+    ``accesses`` to global memory are (place, whether it stores, bits), ``loops`` (first place, last place), ``local``
+    and ``fp64`` places; a place is the number of an instruction. ``scratch`` is bytes of local memory a thread, where
+    the compiler says how many.
+    """
+
+    registers: int
+    shared: int
+    scratch: int
+    local: list[int]
+    fp64: list[int]
+    accesses: list[tuple[int, bool, int]]
+    loops: list[tuple[int, int]]
+
+
+def kernel_name(kernel: str, rule: str, dtype: torch.dtype, form: str = "param") -> str:
+    """kernel-rule-dtype[-format]; the format "param", torch's own storage, goes unsaid."""
+    return "-".join([kernel, rule, _SHORT[dtype], *([form] if form != "param" else [])])
 
 
 def _signature(function: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
@@ -81,9 +136,9 @@ def _measure(dtype: torch.dtype, mode: int) -> Kernel:
         "chunk_size": "i32",
         "norm_type": "fp32",
     }
-    name = f"measure-{_MODES[mode]}-{_SHORT[dtype]}"
+    name = kernel_name("measure", _MODES[mode], dtype)
     signature = _signature(measure, types, constants)
-    return Kernel(name, measure, signature, constants, launch.NUM_WARPS, True, dtype.itemsize)
+    return Kernel(name, measure, signature, constants, launch.THREADS, True, dtype.itemsize)
 
 
 def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard: bool) -> Kernel:
@@ -105,15 +160,19 @@ def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard
     pointers |= {"tracks": "*i64", "program": "*fp64", "table": "*fp64", "clock": "*i64", "rows": wide, "norm": "*fp32"}
     types = {f"{name}_ptr": kind for name, kind in {**pointers, "skip": "*i32"}.items()}
     types |= {name: "i32" for name in decide.arg_names if name not in types} | {"norm_type": "fp32"}
-    name = f"decide-{rule}-{_SHORT[dtype]}-{scope or 'none'}{'-guard' if guard else ''}"
-    return Kernel(name, decide, _signature(decide, types, constants), constants, launch.DECIDE_WARPS, False, 0.0)
+    name = kernel_name("decide", row.removesuffix("_row"), dtype, f"{scope or 'none'}{'-guard' if guard else ''}")
+    return Kernel(name, decide, _signature(decide, types, constants), constants, launch.THREADS, False, 0.0)
 
 
-def _apply(rule: str, dtype: torch.dtype, clamp: bool = False) -> Kernel:
+def _slots(rule: str) -> int:
+    return len(getattr(rules, rule).arg_names) - 3  # all but p, g and h
+
+
+def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = False) -> Kernel:
     hyper, _ = rules.RULES[rule]
-    slots = len(getattr(rules, rule).arg_names) - 3  # all but p, g and h
+    held = FORMATS[state] or dtype
     constants = launch.apply_constants(
-        rule, hyper, clamp=clamp, dtype=dtype, grad_dtype=dtype, state_dtypes=(dtype,) * slots
+        rule, hyper, clamp=clamp, dtype=dtype, grad_dtype=dtype, state_dtypes=(held,) * _slots(rule)
     )
     types = {
         "segments_ptr": "*i64",
@@ -123,30 +182,30 @@ def _apply(rule: str, dtype: torch.dtype, clamp: bool = False) -> Kernel:
         "n_chunks": "i32",
         "chunk_size": "i32",
     }
-    name = f"apply-{rule}-{_SHORT[dtype]}{'-clamp' if clamp else ''}"
-    moved = dtype.itemsize * (3 + 2 * slots)
-    return Kernel(name, apply, _signature(apply, types, constants), constants, launch.NUM_WARPS, True, moved)
+    name = kernel_name("apply", rule, dtype, "clamp" if clamp else state)
+    moved = 3 * dtype.itemsize + 2 * _slots(rule) * held.itemsize
+    return Kernel(name, apply, _signature(apply, types, constants), constants, launch.THREADS, True, moved)
 
 
 def _step(rule: str, dtype: torch.dtype) -> Kernel:
     parts = _measure(dtype, int(EUCLID.value)), _decide(rule, dtype, "global", "clip_factor", True), _apply(rule, dtype)
-    constants = {name: value for part in parts for name, value in part.constants.items()}
+    constants = launch.step_constants(*(part.constants for part in parts))
     types = {"barrier_ptr": "*i64"} | {n: t for part in parts for n, t in part.signature.items() if t != "constexpr"}
     moved = sum(part.bytes_per_element for part in parts)
+    name = kernel_name("step", rule, dtype)
     signature = _signature(step, types, constants)
-    return Kernel(
-        f"step-{rule}-{_SHORT[dtype]}", step, signature, constants, launch.NUM_WARPS, True, moved, launch.STEP_REGISTERS
-    )
+    return Kernel(name, step, signature, constants, launch.THREADS, True, moved, launch.STEP_REGISTERS)
 
 
-def kernels() -> Iterator[Kernel]:
-    """Every kernel that a step can launch, for the dtypes that are stepped."""
+def kernels(target: GPUTarget) -> Iterator[Kernel]:
+    """Every kernel that a step can launch on a target, for the dtypes that are stepped."""
     for dtype in (FP32, BF16, FP16):
         yield _measure(dtype, int(EUCLID.value))
     for dtype in (FP32, FP64):
         yield _measure(dtype, int(LARGEST.value))
         yield _measure(dtype, int(POWER.value))
-    for rule in ("sgd", "adam"):
+    rows = {row: rule for rule, (_, row) in reversed(rules.RULES.items())}
+    for rule in reversed(rows.values()):
         yield _decide(rule, FP32, None, "no_factor", guard=False)
         yield _decide(rule, FP32, "global", "clip_factor", guard=True)
         yield _decide(rule, FP32, "tensor", "normalize_factor", guard=False)
@@ -154,8 +213,11 @@ def kernels() -> Iterator[Kernel]:
     for rule in rules.RULES:
         for dtype in (FP32, BF16, FP16, FP64):
             yield _apply(rule, dtype)
+            for state, held in FORMATS.items():
+                if dtype in (BF16, FP16) and held is not None and _slots(rule):
+                    yield _apply(rule, dtype, state)
     yield _apply("adamw", FP32, clamp=True)
-    for rule in ("adamw", "sgd_momentum"):
+    for rule in ("adamw", "sgd_momentum") if target.backend == "cuda" else ():
         for dtype in (FP32, BF16):
             yield _step(rule, dtype)
 
@@ -169,59 +231,146 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def target_of(arch: str) -> GPUTarget:
+    """The target of "sm_90", "gfx942" and the like."""
+    if re.fullmatch(r"sm_\d+", arch):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    if re.fullmatch(r"gfx9\w+", arch):
+        return GPUTarget("hip", arch, 64)
+    raise ValueError(f"expected an architecture such as sm_90 or gfx942, but got {arch!r}")
+
+
 def compile_kernel(kernel: Kernel, arch: str, out: Path) -> Report:
     """Compile one kernel for "sm_90" or the like into ``out`` and read its machine code."""
     if launch.INTERPRETED:
         raise RuntimeError(
             "kernels that were defined under TRITON_INTERPRET=1 cannot be compiled; unset it and start Python anew"
         )
+    target = target_of(arch)
     source = ASTSource(fn=kernel.function, signature=kernel.signature, constexprs=kernel.constants)
-    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": kernel.fp_fusion, "maxnreg": kernel.maxnreg}
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
-    path = out / f"{kernel.name}.cubin"
-    path.write_bytes(compiled.asm["cubin"])
-    usage = _run(_tool("cuobjdump"), "-res-usage", str(path))
-    code = _run(_tool("cuobjdump"), "-sass", str(path))
-    return _report(kernel, usage, code)
+    options = {"num_warps": kernel.threads // target.warp_size, "enable_fp_fusion": kernel.fp_fusion}
+    if kernel.most_registers is not None:
+        options["maxnreg"] = kernel.most_registers
+    compiled = triton.compile(source, target=target, options=options)
+    binary = "cubin" if target.backend == "cuda" else "hsaco"
+    path = out / f"{kernel.name}.{binary}"
+    path.write_bytes(compiled.asm[binary])
+    if target.backend == "cuda":
+        return _report(kernel, _read_sass(_run(_tool("cuobjdump"), "-res-usage", "-sass", str(path))))
+    return _report(kernel, _read_amdgcn(compiled.asm["amdgcn"]))
 
 
-def _report(kernel: Kernel, usage: str, code: str) -> Report:
-    def used(what: str) -> int:
-        return max((int(n) for n in re.findall(rf"\b{what}:(\d+)", usage)), default=0)
+def _largest(pattern: str, text: str) -> int:
+    return max((int(number) for number in re.findall(pattern, text)), default=0)
 
-    operations = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", code, flags=re.MULTILINE)
-    loads = [op for op in operations if op.startswith("LDG")]
-    stores = [op for op in operations if op.startswith("STG")]
+
+def _read_sass(text: str) -> Code:
+    code = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_.]*)(.*)", text, flags=re.MULTILINE)
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(code)}
+    accesses, loops = [], []
+    for i, (_, op, rest) in enumerate(code):
+        if op.startswith(("LDG", "STG")):
+            bits = re.search(r"\.(64|128|256)\b", op)
+            accesses.append((i, op.startswith("STG"), int(bits[1]) if bits else 32))
+        target = re.match(r"\s+(?:!?U?P\d+,\s*)?0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target and at[int(target[1], 16)] < i:
+            loops.append((at[int(target[1], 16)], i))
+    operations = [op for _, op, _ in code]
+    doubles = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|.*\.F64")
+    return Code(
+        registers=_largest(r"\bREG:(\d+)", text),
+        shared=_largest(r"\bSHARED:(\d+)", text),
+        scratch=0,
+        local=[i for i, op in enumerate(operations) if op.startswith(("LDL", "STL"))],
+        fp64=[i for i, op in enumerate(operations) if doubles.match(op)],
+        accesses=accesses,
+        loops=loops,
+    )
+
+
+def _read_amdgcn(text: str) -> Code:
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for label, op, rest in re.findall(r"^(?:(\.\w+):|\t([a-z]\w+)(.*))", text, flags=re.MULTILINE):
+        if label:
+            labels[label] = len(code)
+        else:
+            code.append((op, rest))
+    sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64}
+    accesses, loops = [], []
+    for i, (op, rest) in enumerate(code):
+        access = re.fullmatch(r"(?:global|buffer|flat)_(load|store)_(\w+)", op)
+        if access:
+            accesses.append((i, access[1] == "store", sizes.get(access[2], 32)))
+        target = labels.get(rest.strip(), i + 1) if op.startswith(("s_cbranch", "s_branch")) else i + 1
+        if target <= i:
+            loops.append((target, i))
+    return Code(
+        registers=_largest(r"\.vgpr_count:\s*(\d+)", text),
+        shared=_largest(r"\.group_segment_fixed_size:\s*(\d+)", text),
+        scratch=_largest(r"\.private_segment_fixed_size:\s*(\d+)", text),
+        local=[i for i, (op, _) in enumerate(code) if op.startswith("scratch_")],
+        fp64=[i for i, (op, _) in enumerate(code) if re.search(r"^v_\w*f64", op)],
+        accesses=accesses,
+        loops=loops,
+    )
+
+
+def _report(kernel: Kernel, code: Code) -> Report:
+    def count(stores: bool, least: int, most: int) -> int:
+        return sum(is_store == stores and least <= bits <= most for _, is_store, bits in code.accesses)
+
+    loops = []
+    for first, last in sorted(code.loops):
+        inside = range(first, last + 1)
+        within = [bits for place, _, bits in code.accesses if place in inside]
+        stored = [bits for place, stores, bits in code.accesses if place in inside and stores]
+        innermost = not any(first <= a and b <= last and (a, b) != (first, last) for a, b in code.loops)
+        if innermost and kernel.bytes_per_element and max(within, default=0) >= 128:
+            local, fp64 = (sum(place in inside for place in places) for places in (code.local, code.fp64))
+            loops.append(Loop(min(within), sum(within) // 8, len(inside), sum(stored) // 8, local, fp64))
     return Report(
         name=kernel.name,
-        registers=used("REG"),
-        shared=used("SHARED"),
-        local=sum(op.startswith(("LDL", "STL")) for op in operations),
-        loads_128=sum(".128" in op for op in loads),
-        loads_narrower=sum(".128" not in op for op in loads),
-        stores_128=sum(".128" in op for op in stores),
-        stores_narrower=sum(".128" not in op for op in stores),
-        fp64=sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b", op)) or ".F64" in op for op in operations),
+        registers=code.registers,
+        shared=code.shared,
+        local=len(code.local) + code.scratch,
+        loads_128=count(False, 128, 256),
+        loads_64=count(False, 64, 127),
+        loads_32=count(False, 0, 63),
+        stores_128=count(True, 128, 256),
+        stores_64=count(True, 64, 127),
+        stores_32=count(True, 0, 63),
+        fp64=len(code.fp64),
         bytes_per_element=kernel.bytes_per_element,
+        loops=loops,
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m fusedlr.kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="sm_90", help="target, such as sm_80, sm_90, sm_100 (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for the cubins and table.json (default: a temporary one)")
+    parser.add_argument(
+        "--arch", default="sm_90", help="target, such as sm_80, sm_90, sm_100 or gfx942 (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the results (default: a temporary one)")
     parser.add_argument("--only", default="", help="compile the kernels whose names contain this")
     options = parser.parse_args(arguments)
+    try:
+        target = target_of(options.arch)
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        reports = [compile_kernel(k, options.arch, out) for k in kernels() if options.only in k.name]
-        table = {"arch": options.arch, "triton": triton.__version__, "kernels": [r._asdict() for r in reports]}
+        reports = [compile_kernel(k, options.arch, out) for k in kernels(target) if options.only in k.name]
+        rows = [r._asdict() | {"loops": [loop._asdict() for loop in r.loops]} for r in reports]
+        table = {"arch": options.arch, "triton": triton.__version__, "kernels": rows}
         (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    print(f"{'kernel':36}" + "".join(f"{field:>16}" for field in Report._fields[1:]))
+    print(f"{'kernel':36}" + "".join(f"{field:>11}" for field in Report._fields[1:-2]) + f"{'bytes':>7}  loops")
     for report in reports:
-        print(f"{report.name:36}" + "".join(f"{value:>16}" for value in report[1:]))
+        loops = " ".join(f"{loop.narrowest}b/{loop.bytes}B/{loop.instructions}i" for loop in report.loops)
+        numbers = "".join(f"{value:>11}" for value in report[1:-2])
+        print(f"{report.name:36}{numbers}{report.bytes_per_element:>7.4g}  {loops}".rstrip())
     return 0
 
 

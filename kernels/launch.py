@@ -23,11 +23,15 @@ __all__ = ["BLOCK", "DTYPES", "can_launch_step", "chunk_size_for", "launch_apply
 
 # Kernels are interpreted or compiled as was decided when they were defined, whatever the environment says now.
 INTERPRETED = not isinstance(apply, triton.runtime.JITFunction)
-BLOCK = 1024  # 128 threads with 8 elements each: 16-byte accesses for float32 and bfloat16 alike
-TAIL = BLOCK if INTERPRETED else 32 * 4  # the interpreter pays for each iteration, not for registers
+THREADS = 128  # of a program
+NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
+BLOCK = 8 * THREADS  # 8 elements a thread: 16-byte accesses for float32 and bfloat16 alike
+# 4 elements a thread: for float64, whose numbers take two registers each, and for 16-bit parameters beside float32
+# state, in 8 and 16 bytes. With 8 elements Triton lays the two out in different ways, and every block goes through
+# shared memory to get from one to the other.
+HALF_BLOCK = 4 * THREADS
+TAIL = BLOCK if INTERPRETED else THREADS  # the interpreter pays for each iteration, not for registers
 LANES = 128
-NUM_WARPS = 4
-DECIDE_WARPS = 4
 # The programs of step must all be on the device at once. A bound on registers, which the compiler keeps, says how many
 # fit whatever is compiled: 5 times 128 threads with 96 registers in the 65536 of a multiprocessor.
 # With 80 the chunk loop of AdamW in float32 goes through local memory.
@@ -112,6 +116,7 @@ def apply_constants(
     if len(set(state_dtypes)) > 1:
         raise ValueError(f"the state of a tensor must have one dtype, but got {list(state_dtypes)}")
     hyper, make_hyper = rules.HYPERS[hyper_name]
+    sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)}
     return {
         "RULE": getattr(rules, rule_name),
         "HYPER": make_hyper,
@@ -123,9 +128,14 @@ def apply_constants(
         "S": DTYPES[state_dtypes[0] if state_dtypes else dtype],
         "SLOTS": len(state_dtypes),
         "WIDE": wide(dtype),
-        "BLOCK": BLOCK,
+        "BLOCK": HALF_BLOCK if len(sizes) > 1 or 8 in sizes else BLOCK,
         "TAIL": TAIL,
     }
+
+
+def step_constants(measure: dict[str, Any], decide: dict[str, Any], apply: dict[str, Any]) -> dict[str, Any]:
+    """The compile-time arguments of step: those of its parts, whose blocks may differ in size."""
+    return {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
 
 
 def launch_measure(
@@ -216,7 +226,7 @@ def launch_decide(
             n_fields=rows.shape[1] - 2,
             dtype=dtype,
         ),
-        num_warps=DECIDE_WARPS,
+        num_warps=NUM_WARPS,
         # A schedule's value is the same on the host and here only if products are rounded before they are added.
         enable_fp_fusion=False,
     )
@@ -310,21 +320,23 @@ def launch_step(
     state_dtypes: Sequence[torch.dtype],
 ) -> None:
     """The three launches in one; ``barrier`` is one int64 of the bucket, 0 before its first step."""
-    constants = measure_constants(grad_dtype, mode, segments.shape[1])
-    constants |= decide_constants(
-        row_name,
-        factor_name,
-        scope,
-        mode,
-        guard=guard,
-        count=count,
-        last=last,
-        n_row_scalars=n_row_scalars,
-        n_fields=rows.shape[1] - 2,
-        dtype=dtype,
-    )
-    constants |= apply_constants(
-        rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+    constants = step_constants(
+        measure_constants(grad_dtype, mode, segments.shape[1]),
+        decide_constants(
+            row_name,
+            factor_name,
+            scope,
+            mode,
+            guard=guard,
+            count=count,
+            last=last,
+            n_row_scalars=n_row_scalars,
+            n_fields=rows.shape[1] - 2,
+            dtype=dtype,
+        ),
+        apply_constants(
+            rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+        ),
     )
     step[(min(n_chunks, _programs_at_once(barrier.device)),)](
         barrier,

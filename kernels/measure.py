@@ -10,14 +10,17 @@ from .segments import GRAD, block_of, chunk_of, pointer
 
 __all__ = ["EUCLID", "LARGEST", "POWER", "measure", "measure_chunk"]
 
-EUCLID = tl.constexpr(0)  # p = 2 in float32 or narrower: one pass
+EUCLID = tl.constexpr(0)  # p = 2 in float32 or narrower: one pass but for extreme magnitudes
 LARGEST = tl.constexpr(1)  # p = inf
 POWER = tl.constexpr(2)  # any p, and float64: two passes, the second from the cache
 
-# Squares of float32 leave the range beyond about 1e19 and below 1e-19. So magnitudes are summed in three classes, the
-# outer two scaled by powers of two before they are squared; float64 puts the three sums together without loss.
+# Squares of float32 leave the range beyond about 1e19 and below 1e-19. A chunk without magnitudes beyond BIG, whose
+# plain sum reaches FLOOR, has lost less than 2**-30 of it to squares that became 0: 2**15 of them at most, each below
+# 2**-126. Other chunks are summed once more, scaled by a power of two before they are squared. Where magnitudes reach
+# beyond BIG, what SHRINK sends below 2**-63 is too small to count; where they do not and the sum is below FLOOR, all
+# are at most 2**-40, and GROW brings even the smallest number to a square that float32 has.
 BIG = tl.constexpr(2.0**50)
-SMALL = tl.constexpr(2.0**-50)
+FLOOR = tl.constexpr(2.0**-80)
 SHRINK = tl.constexpr(2.0**-80)
 GROW = tl.constexpr(2.0**90)
 SHRUNK = tl.constexpr(2.0**160)
@@ -25,37 +28,72 @@ GROWN = tl.constexpr(2.0**-180)
 
 
 @triton.jit
-def add_squares(x, low, middle, high):
-    """Add the squares of float32 x to the sums of their classes."""
+def end_of_wide(g_ptr, start, stop):
+    """Up to where a chunk is read 16 bytes at once: whole sixteens of elements, if the gradient is aligned."""
+    aligned = (g_ptr.to(tl.int64, bitcast=True) & 15) == 0
+    return tl.where(aligned, start + (stop - start) // 16 * 16, start)
+
+
+@triton.jit
+def wide_block(g_ptr, offset, stop, lanes):
+    """The elements from ``offset`` on in float32, 0 behind the last whole sixteen."""
+    # Written so that the compiler sees that the mask is the same for all elements of an access.
+    left = ((stop - offset) // 16 * 16).to(tl.int32)
+    return tl.load(block_of(g_ptr, offset, True) + lanes, mask=lanes < left, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_plainly(x, total, top):
+    """Add the squares of float32 x, and raise the largest magnitude; a NaN is the largest."""
     size = tl.abs(x)
-    is_high = size > BIG
-    is_low = size < SMALL
-    y = x * tl.where(is_high, SHRINK, tl.where(is_low, GROW, 1.0))
-    square = y * y
-    low += tl.where(is_low, square, 0.0)
-    high += tl.where(is_high, square, 0.0)
-    middle += tl.where(is_low | is_high, 0.0, square)
-    return low, middle, high
+    least = tl.minimum(size, BIG)  # what is beyond is not used, and must not overflow
+    return total + least * least, tl.maximum(top, size, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def plain_sum(g_ptr, start, stop, BLOCK: tl.constexpr):
+    """(the sum of squares of a chunk in float32; 0 if all are 0, 1 if none is beyond BIG, else 2)."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    top = tl.zeros([BLOCK], tl.float32)
+    full = end_of_wide(g_ptr, start, stop)
+    # Two blocks are on their way at once: one for each thread would leave the memory waiting.
+    for offset in range(start, full, 2 * BLOCK):
+        x = wide_block(g_ptr, offset, stop, lanes)
+        y = wide_block(g_ptr, offset + BLOCK, stop, lanes)
+        total, top = add_plainly(x, total, top)
+        total, top = add_plainly(y, total, top)
+    for offset in range(full, stop, BLOCK):
+        x = tl.load(g_ptr + offset + lanes, mask=offset + lanes < stop, other=0.0).to(tl.float32)
+        total, top = add_plainly(x, total, top)
+    kind = tl.where(top <= BIG, tl.where(top > 0.0, 1, 0), 2)
+    return tl.sum(total), tl.max(kind)
+
+
+@triton.jit
+def scaled_sum(g_ptr, start, stop, factor, BLOCK: tl.constexpr):
+    """The sum of (factor*x)**2 of a chunk in float32."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    full = end_of_wide(g_ptr, start, stop)
+    for offset in range(start, full, BLOCK):
+        x = wide_block(g_ptr, offset, stop, lanes) * factor
+        total += x * x
+    for offset in range(full, stop, BLOCK):
+        x = tl.load(g_ptr + offset + lanes, mask=offset + lanes < stop, other=0.0).to(tl.float32) * factor
+        total += x * x
+    return tl.sum(total)
 
 
 @triton.jit
 def euclid(g_ptr, start, stop, BLOCK: tl.constexpr):
-    """The sum of squares of a chunk, in float64."""
-    lanes = tl.arange(0, BLOCK)
-    low = tl.zeros([BLOCK], tl.float32)
-    middle = tl.zeros([BLOCK], tl.float32)
-    high = tl.zeros([BLOCK], tl.float32)
-    # Full blocks without a mask vectorise; what is left, and gradients that are not aligned, go with one.
-    aligned = (g_ptr.to(tl.int64, bitcast=True) & 15) == 0
-    full = tl.where(aligned, start + (stop - start) // BLOCK * BLOCK, start)
-    for offset in range(start, full, BLOCK):
-        x = tl.load(block_of(g_ptr, offset, True) + lanes).to(tl.float32)
-        low, middle, high = add_squares(x, low, middle, high)
-    for offset in range(full, stop, BLOCK):
-        x = tl.load(g_ptr + offset + lanes, mask=offset + lanes < stop, other=0.0).to(tl.float32)
-        low, middle, high = add_squares(x, low, middle, high)
-    total = tl.sum(middle).to(tl.float64)
-    return total + tl.sum(high).to(tl.float64) * SHRUNK + tl.sum(low).to(tl.float64) * GROWN
+    """The sum of squares of a chunk, in float64: read once more, scaled, where magnitudes ask for it."""
+    plain, kind = plain_sum(g_ptr, start, stop, BLOCK)
+    total = plain.to(tl.float64)
+    if (kind == 2) | ((kind == 1) & (plain < FLOOR)):
+        scaled = scaled_sum(g_ptr, start, stop, tl.where(kind == 2, SHRINK, GROW), BLOCK)
+        total = scaled.to(tl.float64) * tl.where(kind == 2, SHRUNK, GROWN)
+    return total
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def measure_share(
 
 @triton.jit
 def apply_share(
-    program, n_programs, segments_ptr, chunks_ptr, rows_ptr, n_chunks, chunk_size,
+    program, n_programs, segments_ptr, chunks_ptr, rows_ptr, skip, n_chunks, chunk_size,
     RULE: tl.constexpr, HYPER: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, FIELDS: tl.constexpr,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -71,7 +71,7 @@ def apply_share(
     last = program + (n_chunks - 1 - program) // n_programs * n_programs
     for back in range(0, last + 1, n_programs):
         apply_chunk(
-            segments_ptr, chunks_ptr, rows_ptr, last - back, chunk_size,
+            segments_ptr, chunks_ptr, rows_ptr, skip, last - back, chunk_size,
             RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, BLOCK, TAIL,
         )  # fmt: skip
 
@@ -124,6 +124,7 @@ def step(
     SCALARS: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    MEASURE_BLOCK: tl.constexpr,
     RULE: tl.constexpr,
     HYPER: tl.constexpr,
     CLIP: tl.constexpr,
@@ -142,7 +143,7 @@ def step(
     if SCOPE != NOTHING or GUARD:
         measure_share(
             program, n_programs, segments_ptr, chunks_ptr, partials_ptr, scale_offset, first_partial, n_chunks,
-            chunk_size, norm_type, G, MODE, WIDTH, BLOCK,
+            chunk_size, norm_type, G, MODE, WIDTH, MEASURE_BLOCK,
         )  # fmt: skip
     released, is_last = arrive(barrier_ptr, n_programs)
     if is_last:
@@ -153,8 +154,7 @@ def step(
         )  # fmt: skip
         release(barrier_ptr)
     wait(barrier_ptr, released)
-    if tl.load(skip_ptr) == 0:
-        apply_share(
-            program, n_programs, segments_ptr, chunks_ptr, rows_ptr, n_chunks, chunk_size,
-            RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, BLOCK, TAIL,
-        )  # fmt: skip
+    apply_share(
+        program, n_programs, segments_ptr, chunks_ptr, rows_ptr, tl.load(skip_ptr), n_chunks, chunk_size,
+        RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, BLOCK, TAIL,
+    )  # fmt: skip

@@ -6,16 +6,20 @@ import itertools
 import json
 import math
 import re
+import shutil
+import sys
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from bench import run
-from bench.cases import CASES, Case, gpt2, gpt_95m, lr_factor, resnet50, same
+from bench import measure, report, run
+from bench.cases import CASES, SGD, Case, gpt2, gpt_95m, lr_factor, resnet50, same
 from bench.measure import Comparison, DisagreementError, Times
-from bench.peers import PEERS, Contender, build_torch, build_torch_fused, peers_of
-from bench.records import bandwidth_fraction, git_state, ratio, record
+from bench.peers import OTHER_LIBRARIES, PEERS, Contender, build_torch, build_torch_fused, is_installed, peers_of
+from bench.records import ROOT, bandwidth_fraction, git_state, ratio, record
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPTIONAL_STRING = (str, type(None))
@@ -28,6 +32,7 @@ FIELDS = {
     "triton": OPTIONAL_STRING,
     "cuda": OPTIONAL_STRING,
     "driver": OPTIONAL_STRING,
+    "threads": (int, type(None)),
     "case": str,
     "optimizer": str,
     "clip": (float, int, type(None)),
@@ -70,10 +75,28 @@ def test_run_appends_one_record_for_each_peer(tmp_path, capsys):
         assert (line["dtype"], line["clip"], line["schedule"], line["rounds"]) == ("float32", 1.0, "cosine", 20)
         for side in ("fusedlr", "peer"):
             assert 0 < line[f"{side}_ms_p20"] <= line[f"{side}_ms_p50"] <= line[f"{side}_ms_p80"]
-        assert line["copy_gbps"] > 0
+        assert line["copy_gbps"] > 0 and line["threads"] == torch.get_num_threads()
     assert lines[1]["time"] == lines[2]["time"]
     printed = capsys.readouterr().out
     assert f"{ratio(lines[0]):.2f}x" in printed and f"{bandwidth_fraction(lines[0]):.0%}" in printed
+
+
+def test_threads_are_set_and_recorded(tmp_path):
+    before = torch.get_num_threads()
+    out = tmp_path / "cpu.jsonl"
+    try:
+        arguments = ["--device", "cpu", "--case", "cpu-150x512", "--peer", "torch-fused", "--rounds", "20"]
+        assert run.main([*arguments, "--threads", str(before + 1), "--out", str(out), "--commit", COMMIT]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads(out.read_text())["threads"] == before + 1
+
+
+def test_records_in_the_tree_have_the_documented_form():
+    for line in report.read(ROOT / "bench" / "results"):
+        # Records of before there was a number of threads are without one.
+        for field, types in FIELDS.items():
+            assert isinstance(line.get(field) if field == "threads" else line[field], types), (line, field)
 
 
 def without_clipping(case: Case, params: list[Parameter]) -> Contender:
@@ -149,17 +172,138 @@ def test_nothing_is_recorded_of_sides_that_disagree(tmp_path, capsys, monkeypatc
     assert "NOT RECORDED: case cpu-150x512" in capsys.readouterr().err
 
 
+def test_a_comparison_that_breaks_costs_no_other(tmp_path, capsys, monkeypatch):
+    def broken(case: Case, params: list[Parameter]) -> Contender:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(PEERS, "torch-fused", broken)
+    out = tmp_path / "cpu.jsonl"
+    arguments = ["--device", "cpu", "--quick", "--case", "cpu-150x512", "--commit", COMMIT, "--out", str(out)]
+    assert run.main([*arguments, "--peer", "torch-fused", "--peer", "torch-foreach"]) == 1
+    assert [json.loads(line)["peer"] for line in out.read_text().splitlines()] == ["torch-foreach"]
+    said = capsys.readouterr().err
+    assert "NOT RECORDED: case cpu-150x512, torch-fused" in said and "no such kernel" in said
+
+
 @pytest.mark.parametrize("peer", peers_of(TINY))
 def test_gradients_are_the_same_on_both_sides_and_their_norm_varies(peer):
     comparison = Comparison(TINY, peer)
     norms = []
     for steps in range(3):
         comparison.steps = steps
-        comparison.prepare()
+        comparison.prepare(0)
+        comparison.prepare(1)
         (ours, _), (theirs, _) = comparison.sides
         assert all(torch.equal(a.grad, b.grad) and a.grad is not b.grad for a, b in zip(ours, theirs, strict=True))
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in ours]).item())
     assert norms == pytest.approx([0.5, 4.0, 1.7], rel=1e-5)  # float32 sums of a hundred squares
+
+
+def gradient_addresses(comparison: Comparison, side: int) -> list[int]:
+    comparison.write_gradients(side)
+    return [p.grad.data_ptr() for p in comparison.sides[side][0]]
+
+
+# Small tensors come from a heap that hands out again what it got back; large ones are mapped one by one.
+@pytest.mark.parametrize("shape", [(7,), (64,), (1_000,), (300, 400), (1_500, 1_000)], ids=str)
+def test_every_step_has_its_gradients_at_other_addresses(shape):
+    comparison = Comparison(replace(TINY, shapes=same(4, *shape)), "torch-fused")
+    for side in (0, 1):
+        seen = [gradient_addresses(comparison, side) for _ in range(4)]
+        for before, after in itertools.pairwise(seen):
+            assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_a_replayed_graph_finds_its_gradients_where_they_were():
+    comparison = Comparison(TINY, "torch-fused-graph", build_peer=build_torch_fused)
+    assert gradient_addresses(comparison, 0) == gradient_addresses(comparison, 0)
+
+
+@pytest.mark.parametrize(("device", "order"), [("cpu", ["flush", "write"]), ("cuda", ["write", "flush"])])
+def test_gradients_are_as_warm_as_a_backward_pass_leaves_them_on_a_cpu(device, order, monkeypatch):
+    comparison = Comparison(TINY, "torch-fused")
+    comparison.case = replace(TINY, device=device)
+    done = []
+    monkeypatch.setattr(comparison, "flush_caches", lambda: done.append("flush"))
+    monkeypatch.setattr(comparison, "write_gradients", lambda side: done.append("write"))
+    comparison.prepare(1)
+    assert done == order
+
+
+def test_peers_compute_what_the_case_asks_for():
+    assert peers_of(TINY) == ["torch-fused", "torch-foreach", "torch-fused-grad-scale"]
+    assert peers_of(TINY, ["torch-compile", "torch-fused"]) == ["torch-fused", "torch-compile"]
+    assert peers_of(replace(TINY, clip=None)) == ["torch-fused", "torch-foreach"]
+    gpu = replace(TINY, device="cuda")
+    assert set(peers_of(gpu)) == set(PEERS)
+    assert not set(OTHER_LIBRARIES) & set(peers_of(replace(gpu, optimizer="SGD", arguments=SGD)))
+    bf16 = peers_of(replace(gpu, dtype=torch.bfloat16))
+    assert bf16 == ["torch-fused", "torch-fused-grad-scale", "torch-fused-graph"]
+
+
+def test_a_library_that_is_not_installed_is_named_and_skipped(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert [peer for peer in PEERS if not is_installed(peer)] == list(OTHER_LIBRARIES)
+    pairs = [(TINY, "optimi"), (TINY, "torch-fused"), (TINY, "optimi")]
+    assert run.installed(pairs) == [(TINY, "torch-fused")]
+    assert capsys.readouterr().out == "skipped the peer optimi: it is not installed here\n"
+
+
+class DecaysAfterTheUpdate(torch.optim.AdamW):
+    """AdamW as the CUDA kernel of bitsandbytes has it: (p + update) * (1 - lr * weight_decay)."""
+
+    def step(self, closure=None):
+        before = [(group, p, p.detach().clone()) for group in self.param_groups for p in group["params"]]
+        super().step(closure)
+        with torch.no_grad():
+            for group, p, old in before:
+                kept = 1 - group["lr"] * group["weight_decay"]
+                p.copy_((old + (p - old * kept)) * kept)
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Modules in the place of the other libraries, with their class names and arguments, around torch's AdamW."""
+
+    def put(name: str, cls: str, base: type[torch.optim.AdamW], settings: dict[str, object]) -> None:
+        def make(params, lr, betas, weight_decay, eps, **given):
+            assert given == settings
+            return base(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True)
+
+        module = ModuleType(name)
+        setattr(module, cls, make)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    put("optimi", "AdamW", torch.optim.AdamW, {})
+    put("flashoptim", "FlashAdamW", torch.optim.AdamW, {"quantize": False, "master_weight_bits": None})
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    put("bitsandbytes.optim", "AdamW", DecaysAfterTheUpdate, {"optim_bits": 32})
+
+
+@pytest.mark.parametrize("peer", OTHER_LIBRARIES)
+def test_other_libraries_are_asked_for_what_the_case_says(peer, libraries):
+    times = Comparison(replace(TINY, n_groups=2), peer).check_then_time(20)
+    assert len(times.peer) == 20
+
+
+def test_what_bitsandbytes_is_allowed_is_what_it_needs(libraries, monkeypatch):
+    monkeypatch.setattr(measure, "difference_of", lambda peer, case: 0.0)
+    with pytest.raises(DisagreementError, match="fusedlr and bitsandbytes are"):
+        Comparison(TINY, "bitsandbytes").check_then_time(20)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for a CPU")
+# What the compiler of this or that version of torch warns of is not ours.
+@pytest.mark.filterwarnings("default")
+def test_the_compiled_optimizer_is_not_compiled_again_while_it_is_timed():
+    from torch._dynamo.utils import counters
+
+    comparison = Comparison(TINY, "torch-compile")
+    comparison.check()
+    assert counters["stats"]["unique_graphs"] > 0
+    counters.clear()
+    comparison.check_then_time(20)
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_cases_are_named_once_and_have_the_real_models_sizes():
@@ -170,6 +314,11 @@ def test_cases_are_named_once_and_have_the_real_models_sizes():
     assert sizes["cuda-resnet50"] == (25_557_032, 161)
     assert sizes["cpu-gpt-95m"] == (95_278_080, 146)
     assert sizes["cuda-1g"] == (1_000_243_200, 300)
+    for name, (n_params, n_tensors) in sizes.items():
+        if "-sweep-" in name:
+            # The width of the smallest is 28: multiples of 4 are coarse there.
+            assert n_params == pytest.approx(float(name.rpartition("-")[2]), rel=0.1) and n_tensors == 100
+    assert "cpu-sweep-1e8" in sizes and "cuda-sweep-1e9" in sizes
     assert len(gpt2()) - len(gpt_95m()) == 2 and resnet50()[-2:] == [(1_000, 2_048), (1_000,)]
 
 
@@ -179,6 +328,8 @@ def test_cases_are_named_once_and_have_the_real_models_sizes():
         (Case("", "cpu", same(1, 1)), 32),
         (Case("", "cpu", same(1, 1), clip=None), 28),
         (Case("", "cpu", same(1, 1), dtype=torch.bfloat16), 16),
+        (Case("", "cpu", same(1, 1), dtype=torch.bfloat16, precision={"state": "fp32"}), 24),
+        (Case("", "cpu", same(1, 1), dtype=torch.bfloat16, precision={"state": "fp32"}, clip=None), 22),
         (Case("", "cpu", same(1, 1), optimizer="SGD", arguments={"lr": 0.1, "momentum": 0.9}), 24),
         (Case("", "cpu", same(1, 1), optimizer="SGD", arguments={"lr": 0.1}, clip=None), 12),
     ],
@@ -191,6 +342,10 @@ def test_derived_numbers():
     shared = {"device": "a"}
     line = record(shared, TINY, "torch-fused", Times([1.0, 2.0, 3.0], [3.0, 4.0, 5.0]), copy_gbps=100.0)
     assert ratio(line) == 2.0
+    assert (line["dtype"], line["state_dtype"]) == ("float32", "float32")
+    mixed = replace(TINY, dtype=torch.bfloat16, precision={"state": "fp32"})
+    line16 = record(shared, mixed, "torch-fused", Times([1.0], [3.0]), copy_gbps=100.0)
+    assert (line16["dtype"], line16["state_dtype"]) == ("bfloat16", "float32")
     assert bandwidth_fraction(line) == pytest.approx(105 * 32 / (2.0e-3 * 100e9))
 
 
@@ -206,6 +361,7 @@ def test_the_lr_of_the_peers_moves_at_every_step():
     [
         (["--rounds", "5"], "expected --rounds of at least 20, got 5"),
         (["--commit", "main"], "expected --commit as 40 hex digits, got 'main'"),
+        (["--threads", "0"], "expected --threads of at least 1, with --device cpu, got 0 with cpu"),
         (["--case", "nothing"], "invalid choice: 'nothing'"),
     ],
 )

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -299,45 +294,3 @@ def test_a_group_added_later_gets_its_own_piece() -> None:
     homes = [leaf.home for leaf in optimizer._leaves]
     assert first.data_ptr() == before
     assert homes[0] is not None and homes[1] is not None and homes[0].piece is not homes[1].piece
-
-
-PEAK = """
-import resource, sys, torch, fusedlr
-torch.set_num_threads(1)
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-small = [torch.nn.Parameter(torch.ones(8)) for _ in range(3)]
-warm = fusedlr.AdamW(small, clip=1.0)  # what is imported and started once is no cost of a model
-for p in small:
-    p.grad = torch.ones_like(p)
-warm.step()
-params = [torch.nn.Parameter(torch.empty(512, 512).fill_(0.01)) for _ in range(100)]  # 1 MiB each
-for p in params:
-    p.grad = torch.empty_like(p).fill_(0.01)
-before = peak()
-optimizer = fusedlr.AdamW(params, clip=1.0, flatten=sys.argv[1] == "True")
-built = peak()
-optimizer.step()
-print(sum(leaf.home is not None for leaf in optimizer._leaves), built - before, peak() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in KiB on Linux only")
-@pytest.mark.parametrize("flatten", [True, False])
-def test_constructing_and_stepping_needs_the_state_and_a_quarter_of_the_model(flatten: bool, tmp_path: Path) -> None:
-    script = tmp_path / "peak.py"
-    script.write_text(textwrap.dedent(PEAK))
-    # Without trimming, glibc keeps the freed tensors for itself; what the process then holds is its affair, not ours.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, str(script), str(flatten)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    moved, built, stepped_by = (int(x) for x in done.stdout.split())
-    model = 100 * MiB
-    scratch = 8 * MiB  # chunks of scaled gradients, threads, Python objects
-    assert moved == (100 if flatten else 0)
-    assert built <= model // 4 + scratch
-    assert stepped_by <= 2 * model + model // 4 + scratch

@@ -83,8 +83,11 @@ EXTREMES = {
     "largest float32": [3.4028234e38] * 40,
     "big and small": [1e20, 1.0, 1e-30, 1e-45],
     "small and ordinary": [1e-30, 1e-3, -1e-20],
-    "at the borders of the classes": [2.0**50, 2.0**-50, 2.0**50 * (1 + 2**-23), 2.0**-50 * (1 - 2**-24)],
-    "only the small class": [2.0**-51, 1e-40],
+    "at the largest that is summed plainly": [2.0**50, 2.0**-50],
+    "just beyond it": [2.0**50 * (1 + 2**-23), 2.0**50, 2.0**-50],
+    "at the smallest plain sum": [2.0**-40],
+    "just below it": [2.0**-40 * (1 - 2**-24), 2.0**-126],
+    "only small ones": [2.0**-51, 1e-40],
     "zeros": [0.0, -0.0],
 }
 
@@ -104,6 +107,18 @@ def test_extreme_magnitudes_keep_their_norm(name: str, norm_type: float) -> None
     if norm_type == math.inf:
         got = float(scales.max())
     assert got == pytest.approx(expected, rel=EUCLID_RTOL if norm_type == 2.0 else POWER_RTOL, abs=0)
+
+
+@pytest.mark.parametrize("numel", [7, 4096])
+def test_a_norm_keeps_its_digits_at_every_magnitude(numel: int, seed: int) -> None:
+    """From the smallest number of float32 to the largest, in steps of 2**5, each mixed with what is much smaller."""
+    for exponent in range(-149, 128, 5):
+        g = (1.0 + torch.rand(numel, dtype=torch.float64)) * 2.0 ** (exponent - 1)
+        g[::3] *= 2.0**-40
+        g = g.float().to(DEVICE)
+        sums, scales = measured([g], chunk_size=4096)
+        expected = float(torch.linalg.vector_norm(g.double()))
+        assert combined(sums, scales, 2.0) == pytest.approx(expected, rel=EUCLID_RTOL, abs=0), exponent
 
 
 def test_fp16_and_bf16_norms_that_their_own_dtype_could_not_hold() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES, CLIPS, Case
 
 pytest.importorskip("triton")
 
@@ -74,6 +75,19 @@ def test_three_launches_however_many_tensors_and_groups(watch: Watch) -> None:
     for _ in range(3):
         optimizer.step()
         assert watch.launches == {"measure": 1, "decide": 1, "apply": 1}
+        watch.clear()
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+@pytest.mark.parametrize("clip", CLIPS, ids=repr)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_at_most_three_launches_for_every_rule_and_clip(watch: Watch, case: Case, clip: Any, nonfinite: str) -> None:
+    watch.run = False
+    optimizer = case.make(parameters(3, 2000, 1), backend="triton", clip=clip, nonfinite=nonfinite)
+    measures = nonfinite != "propagate" or not (clip is None or isinstance(clip, fusedlr.clipping.Value))
+    for _ in range(2):
+        optimizer.step()
+        assert watch.launches == {"measure": 1, "decide": 1, "apply": 1} if measures else {"decide": 1, "apply": 1}
         watch.clear()
 
 

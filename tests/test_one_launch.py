@@ -201,6 +201,17 @@ def test_any_grid_up_to_the_barrier_and_behind_it(
     assert before == [0, n_programs + 1, 2 * (n_programs + 1)]
 
 
+def test_gradients_are_measured_in_the_blocks_of_measure_whatever_apply_takes() -> None:
+    """Blocks of another size would add up in another order, to other bits than those of three launches."""
+    narrow, state = torch.bfloat16, (torch.float32, torch.float32)
+    measure = launch.measure_constants(narrow, 0, 5)
+    apply = launch.apply_constants(
+        "adamw", "AdamHyper", clamp=False, dtype=narrow, grad_dtype=narrow, state_dtypes=state
+    )
+    constants = launch.step_constants(measure, {}, apply)
+    assert (constants["MEASURE_BLOCK"], constants["BLOCK"]) == (launch.BLOCK, launch.HALF_BLOCK)
+
+
 @triton.jit
 def meet(barrier_ptr, released_ptr, last_ptr):
     released, is_last = step_module.arrive(barrier_ptr, tl.num_programs(0))
@@ -228,7 +239,7 @@ def test_every_chunk_belongs_to_one_program(monkeypatch: pytest.MonkeyPatch) -> 
     """The loops of the two shares, run as the Python that they also are."""
     seen: list[int] = []
     monkeypatch.setattr(step_module, "measure_chunk", lambda s, c, p, o, f, chunk, *rest: seen.append(chunk))
-    monkeypatch.setattr(step_module, "apply_chunk", lambda s, c, r, chunk, *rest: seen.append(chunk))
+    monkeypatch.setattr(step_module, "apply_chunk", lambda s, c, r, skip, chunk, *rest: seen.append(chunk))
     for n_chunks in [*range(1, 30), 1000, 4096]:
         for n_programs in [n for n in (1, 2, 3, 5, 16, 29, 660) if n <= n_chunks]:
             measured, applied = [], []
@@ -237,7 +248,7 @@ def test_every_chunk_belongs_to_one_program(monkeypatch: pytest.MonkeyPatch) -> 
                 step_module.measure_share.fn(program, n_programs, *[None] * 5, n_chunks, *[None] * 6)
                 mine = list(seen)
                 seen.clear()
-                step_module.apply_share.fn(program, n_programs, *[None] * 3, n_chunks, *[None] * 13)
+                step_module.apply_share.fn(program, n_programs, *[None] * 4, n_chunks, *[None] * 13)
                 assert seen == mine[::-1]
                 measured += mine
                 applied += seen
