@@ -15,7 +15,8 @@ parameters with float32 state. The columns:
     fp64                instructions of float64 arithmetic
     bytes_per_element   what the pass has to move for one element (0 for decide, which treats tensors)
     loops               the main loops, each as bits of its narrowest access to global memory, bytes a thread moves in
-                        one iteration, and instructions of one iteration
+                        one iteration, and instructions of one iteration; in ``table.json`` also its bytes stored, and
+                        local and fp64 as above
 
 A main loop is an innermost loop with 16-byte accesses. The compiler may unroll it, and what remains is a main loop as
 well: each one moves whole multiples of a block, and has no narrower access (but one of 8 bytes to a 16-bit array beside
@@ -45,6 +46,7 @@ from . import launch, rules
 from .apply import apply
 from .decide import decide
 from .measure import EUCLID, LARGEST, POWER, measure
+from .step import step
 
 __all__ = ["FORMATS", "Kernel", "Loop", "Report", "compile_kernel", "kernel_name", "kernels"]
 
@@ -65,14 +67,18 @@ class Kernel(NamedTuple):
     threads: int
     fp_fusion: bool
     bytes_per_element: float
+    most_registers: int | None = None  # a bound that the compiler is given; on NVIDIA only
 
 
 class Loop(NamedTuple):
-    """A main loop: bits of its narrowest access, and a thread's bytes and instructions in one iteration."""
+    """A main loop: bits of its narrowest access, and what a thread moves and does in one iteration."""
 
     narrowest: int
     bytes: int
     instructions: int
+    stored: int  # of the bytes
+    local: int
+    fp64: int
 
 
 class Report(NamedTuple):
@@ -96,14 +102,16 @@ class Report(NamedTuple):
 class Code(NamedTuple):
     """The machine code of a kernel, as far as a report needs it.
 
-    ``accesses`` to global memory are (place, whether it stores, bits), ``loops`` (first place, last place); a place is
-    the number of an instruction.
+    ``accesses`` to global memory are (place, whether it stores, bits), ``loops`` (first place, last place), ``local``
+    and ``fp64`` places; a place is the number of an instruction. ``scratch`` is bytes of local memory a thread, where
+    the compiler says how many.
     """
 
     registers: int
     shared: int
-    local: int
-    fp64: int
+    scratch: int
+    local: list[int]
+    fp64: list[int]
     accesses: list[tuple[int, bool, int]]
     loops: list[tuple[int, int]]
 
@@ -179,8 +187,18 @@ def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = Fa
     return Kernel(name, apply, _signature(apply, types, constants), constants, launch.THREADS, True, moved)
 
 
-def kernels() -> Iterator[Kernel]:
-    """Every kernel that a step can launch, for the dtypes that are stepped."""
+def _step(rule: str, dtype: torch.dtype) -> Kernel:
+    parts = _measure(dtype, int(EUCLID.value)), _decide(rule, dtype, "global", "clip_factor", True), _apply(rule, dtype)
+    constants = launch.step_constants(*(part.constants for part in parts))
+    types = {"barrier_ptr": "*i64"} | {n: t for part in parts for n, t in part.signature.items() if t != "constexpr"}
+    moved = sum(part.bytes_per_element for part in parts)
+    name = kernel_name("step", rule, dtype)
+    signature = _signature(step, types, constants)
+    return Kernel(name, step, signature, constants, launch.THREADS, True, moved, launch.STEP_REGISTERS)
+
+
+def kernels(target: GPUTarget) -> Iterator[Kernel]:
+    """Every kernel that a step can launch on a target, for the dtypes that are stepped."""
     for dtype in (FP32, BF16, FP16):
         yield _measure(dtype, int(EUCLID.value))
     for dtype in (FP32, FP64):
@@ -199,6 +217,9 @@ def kernels() -> Iterator[Kernel]:
                 if dtype in (BF16, FP16) and held is not None and _slots(rule):
                     yield _apply(rule, dtype, state)
     yield _apply("adamw", FP32, clamp=True)
+    for rule in ("adamw", "sgd_momentum") if target.backend == "cuda" else ():
+        for dtype in (FP32, BF16):
+            yield _step(rule, dtype)
 
 
 @functools.cache
@@ -228,6 +249,8 @@ def compile_kernel(kernel: Kernel, arch: str, out: Path) -> Report:
     target = target_of(arch)
     source = ASTSource(fn=kernel.function, signature=kernel.signature, constexprs=kernel.constants)
     options = {"num_warps": kernel.threads // target.warp_size, "enable_fp_fusion": kernel.fp_fusion}
+    if kernel.most_registers is not None:
+        options["maxnreg"] = kernel.most_registers
     compiled = triton.compile(source, target=target, options=options)
     binary = "cubin" if target.backend == "cuda" else "hsaco"
     path = out / f"{kernel.name}.{binary}"
@@ -253,11 +276,13 @@ def _read_sass(text: str) -> Code:
         if target and at[int(target[1], 16)] < i:
             loops.append((at[int(target[1], 16)], i))
     operations = [op for _, op, _ in code]
+    doubles = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|.*\.F64")
     return Code(
         registers=_largest(r"\bREG:(\d+)", text),
         shared=_largest(r"\bSHARED:(\d+)", text),
-        local=sum(op.startswith(("LDL", "STL")) for op in operations),
-        fp64=sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)\b", op)) or ".F64" in op for op in operations),
+        scratch=0,
+        local=[i for i, op in enumerate(operations) if op.startswith(("LDL", "STL"))],
+        fp64=[i for i, op in enumerate(operations) if doubles.match(op)],
         accesses=accesses,
         loops=loops,
     )
@@ -283,9 +308,9 @@ def _read_amdgcn(text: str) -> Code:
     return Code(
         registers=_largest(r"\.vgpr_count:\s*(\d+)", text),
         shared=_largest(r"\.group_segment_fixed_size:\s*(\d+)", text),
-        local=sum(op.startswith("scratch_") for op, _ in code)
-        + _largest(r"\.private_segment_fixed_size:\s*(\d+)", text),
-        fp64=sum(bool(re.search(r"^v_\w*f64", op)) for op, _ in code),
+        scratch=_largest(r"\.private_segment_fixed_size:\s*(\d+)", text),
+        local=[i for i, (op, _) in enumerate(code) if op.startswith("scratch_")],
+        fp64=[i for i, (op, _) in enumerate(code) if re.search(r"^v_\w*f64", op)],
         accesses=accesses,
         loops=loops,
     )
@@ -297,22 +322,25 @@ def _report(kernel: Kernel, code: Code) -> Report:
 
     loops = []
     for first, last in sorted(code.loops):
-        within = [bits for place, _, bits in code.accesses if first <= place <= last]
+        inside = range(first, last + 1)
+        within = [bits for place, _, bits in code.accesses if place in inside]
+        stored = [bits for place, stores, bits in code.accesses if place in inside and stores]
         innermost = not any(first <= a and b <= last and (a, b) != (first, last) for a, b in code.loops)
         if innermost and kernel.bytes_per_element and max(within, default=0) >= 128:
-            loops.append(Loop(min(within), sum(within) // 8, last - first + 1))
+            local, fp64 = (sum(place in inside for place in places) for places in (code.local, code.fp64))
+            loops.append(Loop(min(within), sum(within) // 8, len(inside), sum(stored) // 8, local, fp64))
     return Report(
         name=kernel.name,
         registers=code.registers,
         shared=code.shared,
-        local=code.local,
+        local=len(code.local) + code.scratch,
         loads_128=count(False, 128, 256),
         loads_64=count(False, 64, 127),
         loads_32=count(False, 0, 63),
         stores_128=count(True, 128, 256),
         stores_64=count(True, 64, 127),
         stores_32=count(True, 0, 63),
-        fp64=code.fp64,
+        fp64=len(code.fp64),
         bytes_per_element=kernel.bytes_per_element,
         loops=loops,
     )
@@ -328,13 +356,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="compile the kernels whose names contain this")
     options = parser.parse_args(arguments)
     try:
-        target_of(options.arch)
+        target = target_of(options.arch)
     except ValueError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        reports = [compile_kernel(k, options.arch, out) for k in kernels() if options.only in k.name]
+        reports = [compile_kernel(k, options.arch, out) for k in kernels(target) if options.only in k.name]
         rows = [r._asdict() | {"loops": [loop._asdict() for loop in r.loops]} for r in reports]
         table = {"arch": options.arch, "triton": triton.__version__, "kernels": rows}
         (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .segments import GRAD, HEAD, PARAM, block_of, chunk_of, pointer
 
-__all__ = ["apply"]
+__all__ = ["apply", "apply_chunk"]
 
 
 @triton.jit
@@ -32,38 +32,18 @@ def update_block(
         tl.store(block_of(state_ptrs[i], offset, ALIGNED) + lanes, ROUND(new[i + 1], S), mask=mask)
 
 
-def _name(specialization):
-    """What a profiler shows: fused_apply_adamw_fp32."""
-    constants = specialization.constants
-    return f"fused_apply_{constants['RULE'].__name__}_{constants['P']}"
-
-
-@triton.jit(repr=_name, do_not_specialize=["chunk_size", "n_chunks"])
-def apply(
-    segments_ptr,
-    chunks_ptr,
-    rows_ptr,
-    skip_ptr,
-    n_chunks,
-    chunk_size,
-    RULE: tl.constexpr,
-    HYPER: tl.constexpr,
-    CLIP: tl.constexpr,
-    ROUND: tl.constexpr,
-    FIELDS: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    S: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+@triton.jit
+def apply_chunk(
+    segments_ptr, chunks_ptr, rows_ptr, skip, chunk, chunk_size,
+    RULE: tl.constexpr, HYPER: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, FIELDS: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
-):
-    # Backward, so that the gradients measured last, still in the L2 cache, are read first.
-    program = n_chunks - 1 - tl.program_id(0)
-    # What leads to the data is asked for before the decision to skip has arrived: one wait less.
-    skip = tl.load(skip_ptr)
-    segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, HEAD + SLOTS)
+):  # fmt: skip
+    """Update one chunk by its tensor's row, unless the step is skipped.
+
+    What leads to the data is asked for before the decision to skip has arrived: one wait less.
+    """
+    segment, row, start, stop = chunk_of(segments_ptr, chunks_ptr, chunk, chunk_size, HEAD + SLOTS)
     if skip == 0:
         numbers_ptr = rows_ptr + segment * (FIELDS + 2)
         fields = ()
@@ -100,3 +80,38 @@ def apply(
                 p_ptr, g_ptr, state_ptrs, offset, few, offset + few < stop, h, grad_scale, limit, False,
                 RULE, CLIP, ROUND, P, S, SLOTS, WIDE,
             )  # fmt: skip
+
+
+def _name(specialization):
+    """What a profiler shows: fused_apply_adamw_fp32."""
+    constants = specialization.constants
+    return f"fused_apply_{constants['RULE'].__name__}_{constants['P']}"
+
+
+@triton.jit(repr=_name, do_not_specialize=["chunk_size", "n_chunks"])
+def apply(
+    segments_ptr,
+    chunks_ptr,
+    rows_ptr,
+    skip_ptr,
+    n_chunks,
+    chunk_size,
+    RULE: tl.constexpr,
+    HYPER: tl.constexpr,
+    CLIP: tl.constexpr,
+    ROUND: tl.constexpr,
+    FIELDS: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    # Backward, so that the gradients measured last, still in the L2 cache, are read first.
+    chunk = n_chunks - 1 - tl.program_id(0)
+    apply_chunk(
+        segments_ptr, chunks_ptr, rows_ptr, tl.load(skip_ptr), chunk, chunk_size,
+        RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, BLOCK, TAIL,
+    )  # fmt: skip

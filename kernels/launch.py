@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from . import clipping, formats, rules
 from .apply import apply
 from .decide import GLOBAL, NOTHING, TENSOR, decide
 from .measure import EUCLID, LARGEST, POWER, measure
+from .step import step
 
-__all__ = ["BLOCK", "DTYPES", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure", "mode_for"]
+__all__ = ["BLOCK", "DTYPES", "can_launch_step", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure",
+           "launch_step", "mode_for"]  # fmt: skip
 
 # Kernels are interpreted or compiled as was decided when they were defined, whatever the environment says now.
 INTERPRETED = not isinstance(apply, triton.runtime.JITFunction)
@@ -29,6 +32,11 @@ BLOCK = 8 * THREADS  # 8 elements a thread: 16-byte accesses for float32 and bfl
 HALF_BLOCK = 4 * THREADS
 TAIL = BLOCK if INTERPRETED else THREADS  # the interpreter pays for each iteration, not for registers
 LANES = 128
+# The programs of step must all be on the device at once. A bound on registers, which the compiler keeps, says how many
+# fit whatever is compiled: 5 times 128 threads with 96 registers in the 65536 of a multiprocessor.
+# With 80 the chunk loop of AdamW in float32 goes through local memory.
+STEP_REGISTERS = 96
+STEP_BLOCKS = 5
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -123,6 +131,11 @@ def apply_constants(
         "BLOCK": HALF_BLOCK if len(sizes) > 1 or 8 in sizes else BLOCK,
         "TAIL": TAIL,
     }
+
+
+def step_constants(measure: dict[str, Any], decide: dict[str, Any], apply: dict[str, Any]) -> dict[str, Any]:
+    """The compile-time arguments of step: those of its parts, whose blocks may differ in size."""
+    return {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
 
 
 def launch_measure(
@@ -247,4 +260,115 @@ def launch_apply(
         ),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
+    )
+
+
+def can_launch_step(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``launch_step`` can stand in for the three launches.
+
+    Not for float64: contracted products in decide are lost in the rounding to a float32 row, but not in a float64 one.
+    """
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return (INTERPRETED or nvidia) and dtype != torch.float64
+
+
+@functools.cache
+def _programs_at_once(device: torch.device) -> int:
+    """How many programs of step fit on a device; the interpreter runs one after the other, and none could wait."""
+    if INTERPRETED:
+        return 1
+    return STEP_BLOCKS * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def launch_step(
+    barrier: Tensor,
+    n_chunks: int,
+    segments: Tensor,
+    chunks: Tensor,
+    chunk_size: int,
+    first_partial: int,
+    partials: Tensor,
+    n_partials: int,
+    norm_type: float,
+    tensors: Tensor,
+    scalars: Tensor,
+    addresses: Tensor,
+    values: Tensor,
+    tracks: Tensor,
+    program: Tensor,
+    table: Tensor,
+    max_rows: int,
+    clock: Tensor,
+    advance: int,
+    rows: Tensor,
+    norm: Tensor,
+    skip: Tensor,
+    *,
+    row_name: str,
+    factor_name: str,
+    scope: str | None,
+    mode: int,
+    guard: bool,
+    count: bool,
+    last: bool,
+    n_row_scalars: int,
+    dtype: torch.dtype,
+    rule_name: str,
+    hyper_name: str,
+    clamp: bool,
+    grad_dtype: torch.dtype,
+    state_dtypes: Sequence[torch.dtype],
+) -> None:
+    """The three launches in one; ``barrier`` is one int64 of the bucket, 0 before its first step."""
+    constants = step_constants(
+        measure_constants(grad_dtype, mode, segments.shape[1]),
+        decide_constants(
+            row_name,
+            factor_name,
+            scope,
+            mode,
+            guard=guard,
+            count=count,
+            last=last,
+            n_row_scalars=n_row_scalars,
+            n_fields=rows.shape[1] - 2,
+            dtype=dtype,
+        ),
+        apply_constants(
+            rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+        ),
+    )
+    step[(min(n_chunks, _programs_at_once(barrier.device)),)](
+        barrier,
+        segments,
+        chunks,
+        n_chunks,
+        chunk_size,
+        first_partial,
+        partials,
+        n_partials,
+        partials.shape[1],
+        norm_type,
+        tensors,
+        tensors.shape[0],
+        scalars,
+        addresses,
+        values,
+        scalars.numel(),
+        tracks,
+        program,
+        table,
+        tracks.shape[0],
+        max_rows,
+        clock,
+        advance,
+        rows,
+        norm,
+        skip,
+        **constants,
+        num_warps=NUM_WARPS,
+        maxnreg=STEP_REGISTERS,
+        # As measure and apply have it; what it moves in decide is far below a float32.
+        enable_fp_fusion=True,
+        launch_cooperative_grid=True,
     )

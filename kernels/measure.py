@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .segments import GRAD, block_of, chunk_of, pointer
 
-__all__ = ["EUCLID", "LARGEST", "POWER", "measure"]
+__all__ = ["EUCLID", "LARGEST", "POWER", "measure", "measure_chunk"]
 
 EUCLID = tl.constexpr(0)  # p = 2 in float32 or narrower: one pass but for extreme magnitudes
 LARGEST = tl.constexpr(1)  # p = inf
@@ -122,6 +122,33 @@ def power_sum(g_ptr, start, stop, top, norm_type, BLOCK: tl.constexpr):
     return tl.sum(total)
 
 
+@triton.jit
+def measure_chunk(
+    segments_ptr, chunks_ptr, partials_ptr, scale_offset, first_partial, chunk, chunk_size, norm_type,
+    G: tl.constexpr, MODE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The partial of one chunk."""
+    _, row, start, stop = chunk_of(segments_ptr, chunks_ptr, chunk, chunk_size, WIDTH)
+    g_ptr = pointer(tl.load(row + GRAD), G)
+    out_ptr = partials_ptr + first_partial + chunk
+    if MODE == EUCLID:
+        tl.store(out_ptr, euclid(g_ptr, start, stop, BLOCK))
+        tl.store(out_ptr + scale_offset, 1.0)
+    else:
+        top, nans = largest(g_ptr, start, stop, BLOCK)
+        top = tl.where(nans > 0, float("nan"), top)
+        if MODE == LARGEST:
+            tl.store(out_ptr, 1.0)
+            tl.store(out_ptr + scale_offset, top)
+        else:
+            usable = (top > 0.0) & (top < float("inf"))
+            divisor = tl.where(usable, top, 1.0)
+            total = power_sum(g_ptr, start, stop, divisor, norm_type, BLOCK)
+            # 0, inf and NaN are the sum themselves.
+            tl.store(out_ptr, tl.where(usable, total, top))
+            tl.store(out_ptr + scale_offset, divisor)
+
+
 def _name(specialization):
     """What a profiler shows: fused_measure_fp32."""
     return f"fused_measure_{specialization.constants['G']}"
@@ -141,23 +168,7 @@ def measure(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    _, row, start, stop = chunk_of(segments_ptr, chunks_ptr, program, chunk_size, WIDTH)
-    g_ptr = pointer(tl.load(row + GRAD), G)
-    out_ptr = partials_ptr + first_partial + program
-    if MODE == EUCLID:
-        tl.store(out_ptr, euclid(g_ptr, start, stop, BLOCK))
-        tl.store(out_ptr + scale_offset, 1.0)
-    else:
-        top, nans = largest(g_ptr, start, stop, BLOCK)
-        top = tl.where(nans > 0, float("nan"), top)
-        if MODE == LARGEST:
-            tl.store(out_ptr, 1.0)
-            tl.store(out_ptr + scale_offset, top)
-        else:
-            usable = (top > 0.0) & (top < float("inf"))
-            divisor = tl.where(usable, top, 1.0)
-            total = power_sum(g_ptr, start, stop, divisor, norm_type, BLOCK)
-            # 0, inf and NaN are the sum themselves.
-            tl.store(out_ptr, tl.where(usable, total, top))
-            tl.store(out_ptr + scale_offset, divisor)
+    measure_chunk(
+        segments_ptr, chunks_ptr, partials_ptr, scale_offset, first_partial, tl.program_id(0), chunk_size, norm_type,
+        G, MODE, WIDTH, BLOCK,
+    )  # fmt: skip

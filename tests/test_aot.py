@@ -14,6 +14,7 @@ import pytest
 from test_twins import RULES
 
 pytest.importorskip("triton")
+from fusedlr.kernels import launch
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -161,6 +162,27 @@ def test_measure_reads_16_bytes_at_once_and_spills_nothing(table: Table) -> None
             assert plain == 16 * size and scaled and all(moved % (8 * size) == 0 for moved in scaled), kernel
             assert all(loop["narrowest"] == 128 for loop in kernel["loops"]), kernel
             assert kernel["registers"] <= 64, kernel
+
+
+def test_a_step_in_one_launch_fits_as_often_as_it_is_launched(table: Table, arch: str) -> None:
+    steps = {name: kernel for name, kernel in table.items() if name.startswith("step-")}
+    assert len(steps) == (0 if arch.startswith("gfx") else 4)  # it is launched on NVIDIA's GPUs alone
+    for name, kernel in steps.items():
+        assert kernel["registers"] <= launch.STEP_REGISTERS, kernel
+        # A multiprocessor has 65536 registers on every architecture; a warp takes them in units of 256.
+        a_warp = -(-32 * kernel["registers"] // 256) * 256
+        assert 65536 // (launch.THREADS // 32 * a_warp) >= launch.STEP_BLOCKS, kernel
+        # Only the sine of decide goes through local memory, by an indexed array that no register bound changes.
+        assert all(loop["narrowest"] == 128 and loop["local"] == loop["fp64"] == 0 for loop in kernel["loops"]), kernel
+        # The loops are those of the kernels whose work it does.
+        size = DTYPES[name.split("-")[2]]
+        loads, stores = (8 * sum(sizes) for sizes in arrays_of(name))
+        measuring = [loop["bytes"] for loop in kernel["loops"] if not loop["stored"]]
+        applying = [(loop["bytes"], loop["stored"]) for loop in kernel["loops"] if loop["stored"]]
+        assert measuring and measuring[0] == 16 * size, kernel
+        assert all(moved % (8 * size) == 0 for moved in measuring), kernel
+        assert applying and all(moved % (loads + stores) == 0 for moved, _ in applying), kernel
+        assert all(stored * (loads + stores) == moved * stores for moved, stored in applying), kernel
 
 
 def test_memory_limits_the_loops_and_not_instructions(table: Table, arch: str) -> None:

@@ -41,6 +41,7 @@ class Traffic:
         self.accesses: list[tuple[bool, Any, int]] = []  # (whether it stores, addresses, bytes of each)
         self.sent = 0
         load, store, send = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, backend._send
+        update, exchange = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
 
         # The unmasked ones call these.
         def loading(builder: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
@@ -55,17 +56,25 @@ class Traffic:
             self.sent += array.nbytes
             return send(array, device)
 
-        def uncounted(*args: Any, **named: Any) -> None:
-            raise AssertionError("an atomic access, which this test does not count yet")
+        # An atomic access loads and stores.
+        def updating(builder: Any, operation: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self._add(False, ptrs, mask)
+            self._add(True, ptrs, mask)
+            return update(builder, operation, ptrs, value, mask, *rest)
+
+        def exchanging(builder: Any, ptrs: Any, *rest: Any) -> Any:
+            self._add(False, ptrs)
+            self._add(True, ptrs)
+            return exchange(builder, ptrs, *rest)
 
         monkeypatch.setattr(InterpreterBuilder, "create_masked_load", loading)
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", storing)
-        monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", uncounted)
-        monkeypatch.setattr(InterpreterBuilder, "create_atomic_cas", uncounted)
+        monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", updating)
+        monkeypatch.setattr(InterpreterBuilder, "create_atomic_cas", exchanging)
         monkeypatch.setattr(backend, "_send", sending)
 
-    def _add(self, stores: bool, ptrs: Any, mask: Any) -> None:
-        active = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
+    def _add(self, stores: bool, ptrs: Any, mask: Any = None) -> None:
+        active = ptrs.data[np.broadcast_to(True if mask is None else mask.data, ptrs.data.shape)]
         self.accesses.append((stores, active.astype(np.int64), ptrs.get_element_ty().primitive_bitwidth // 8))
 
     @property
@@ -116,16 +125,23 @@ STEPS: dict[str, tuple[Any, dict[str, Any], torch.dtype, float]] = {
 }
 
 
+@pytest.mark.parametrize("in_one", [False, True], ids=["three-launches", "one-launch"])
 @pytest.mark.parametrize("name", STEPS)
-def test_bytes_of_a_step(traffic: Traffic, name: str) -> None:
-    """The first step, in which all tables travel."""
+def test_bytes_of_a_step(traffic: Traffic, monkeypatch: pytest.MonkeyPatch, name: str, in_one: bool) -> None:
+    """The first step, in which all tables travel, by three launches and by one."""
     cls, options, dtype, limit = STEPS[name]
+    monkeypatch.setenv("FUSEDLR_ONE_LAUNCH", str(int(in_one)))
+    for other in ("launch_measure", "launch_decide", "launch_apply") if in_one else ("launch_step",):
+        monkeypatch.setattr(launch, other, None)
     params = parameters(dtype)
     optimizer = cls(params, lr=1e-3, backend="triton", **options)
     optimizer.step()
     keys = [key for key, value in optimizer.state[params[0]].items() if value.shape == params[0].shape]
     assert len(keys) == (1 if cls is fusedlr.SGD else 2)
     check_arrays(traffic, params, [[optimizer.state[p][k] for k in keys] for p in params], 2 if "clip" in name else 1)
+    if in_one:
+        barrier = optimizer._plan.executors[0]._barrier
+        assert traffic.touched(barrier) == ({3}, {3})  # one program arrives, releases and waits
     numel = sum(p.numel() for p in params)
     floor = params[0].element_size() * (3 + 2 * len(keys) + ("clip" in name))
     assert floor < traffic.bytes / numel <= limit

@@ -345,3 +345,79 @@ def test_one_norm_over_two_gpus() -> None:
     assert float(optimizer.last_grad_norm) == pytest.approx(10.0)  # type: ignore[arg-type]
     for p in params:
         assert p.tolist() == pytest.approx([-0.1] * 50, rel=2e-6)
+
+
+def one_launch(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    monkeypatch.setenv("FUSEDLR_ONE_LAUNCH", str(int(asked)))
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("clip", CLIPS, ids=repr)
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adamw", "adam-amsgrad"])
+def test_one_launch_is_three(
+    monkeypatch: pytest.MonkeyPatch, name: str, clip: Any, dtype: torch.dtype, nonfinite: str
+) -> None:
+    outcomes = []
+    for asked in (True, False):
+        one_launch(monkeypatch, asked)
+        scheduled = schedules.Warmup(2).then(schedules.Cosine(6, min_lr=0.0))
+        outcomes.append(run(name, "triton", dtype, clip=clip, schedule=scheduled, nonfinite=nonfinite))
+        assert (outcomes[-1][0]._plan.executors[0]._barrier is not None) == asked
+    (one, mine), (three, theirs) = outcomes
+    assert all(torch.equal(a, b) for a, b in zip(everything(one, mine), everything(three, theirs), strict=True))
+    assert clip is None or clip.scope is None or torch.equal(one.last_grad_norm, three.last_grad_norm)
+
+
+@pytest.mark.parametrize("sizes", [(100,), (1000, 7, 2000), (300_000,) * 3, (40_000_003,)], ids=str)
+def test_one_launch_many_times(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]) -> None:
+    """A barrier that lets somebody through too early shows in one step of many, if at all: so there are many."""
+    outcomes = []
+    for asked in (True, False):
+        one_launch(monkeypatch, asked)
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, n, device="cuda")) for n in sizes]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer = fusedlr.AdamW(params, lr=0.01, clip=1.0, schedule=schedules.Cosine(3000), backend="triton")
+        norms = []
+        for i in range(2000 if sum(sizes) < 10**6 else 100):
+            for p in params:
+                # Every step has another norm, and a stale row or partial another result.
+                torch.sin(p.detach() * (1.0 + i), out=p.grad)
+            optimizer.step()
+            norms.append(optimizer.last_grad_norm.clone())  # type: ignore[union-attr]
+        outcomes.append((everything(optimizer, params), torch.stack(norms)))
+    (mine, my_norms), (theirs, their_norms) = outcomes
+    assert torch.equal(my_norms, their_norms)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_one_launch_replayed_from_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = []
+    for asked in (True, False):
+        one_launch(monkeypatch, asked)
+        optimizer, params = run("adamw", "triton", steps=2, clip=1.0, schedule=schedules.Cosine(500, min_lr=0.0))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        for _ in range(300):
+            graph.replay()
+        for i in range(2):  # and eagerly again, from where the barrier stands
+            give(params, i)
+            optimizer.step()
+        outcomes.append(everything(optimizer, params))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_one_launch_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_launch(monkeypatch, True)
+    optimizer, params = run("adamw", "triton", steps=0, clip=1.0)
+    for i in range(3):
+        give(params, i)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

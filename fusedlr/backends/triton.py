@@ -8,6 +8,7 @@ sees that it changed. On CPU tensors the same code runs in Triton's interpreter.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -287,6 +288,7 @@ class TritonExecutor(Executor):
         self._n_partials = 0
         self._mode = 0
         self._mirror = _ClockMirror()
+        self._barrier: Tensor | None = None  # of the whole step in one launch; None where it takes three
 
     def prepare(self, rules: list[Rule]) -> None:
         keys: dict[tuple[Any, ...], list[int]] = {}
@@ -302,6 +304,17 @@ class TritonExecutor(Executor):
             device: torch.full((2, max(1, self._n_partials)), float("nan"), dtype=torch.float64, device=device)
             for device in dict.fromkeys(bucket.device for bucket in self._buckets)
         }
+        self._barrier = self._barrier_if_asked()
+
+    def _barrier_if_asked(self) -> Tensor | None:
+        """``FUSEDLR_ONE_LAUNCH=1`` asks for one launch a step, where one bucket is all there is."""
+        from fusedlr.kernels import launch
+
+        (bucket, *others) = self._buckets
+        asked = os.environ.get("FUSEDLR_ONE_LAUNCH", "0") not in ("", "0")
+        if not asked or others or not bucket.n_chunks or not launch.can_launch_step(bucket.device, bucket.dtype):
+            return None
+        return torch.zeros(1, dtype=torch.int64, device=bucket.device)
 
     def layout(self, ordered: Sequence[bool]) -> None:
         for bucket in self._buckets:
@@ -313,7 +326,7 @@ class TritonExecutor(Executor):
         self._mode = launch.mode_for(knobs.norm_type, [bucket.dtype for bucket in self._buckets])
         for bucket in self._buckets:
             segments = bucket.gather(grads)
-            if bucket.n_chunks:
+            if bucket.n_chunks and not self._in_one(knobs):
                 # A narrow bucket beside a float64 one is measured the fast way too; its scales are 1.
                 mode = launch.mode_for(knobs.norm_type, [bucket.dtype])
                 with _on(bucket.device):
@@ -334,42 +347,88 @@ class TritonExecutor(Executor):
                     span = slice(bucket.first_partial, bucket.first_partial + bucket.n_chunks)
                     partials[:, span].copy_(self._partials[bucket.device][:, span], non_blocking=True)
 
+    def _in_one(self, knobs: Knobs) -> bool:
+        """Whether this step takes one launch: not where the host looks between deciding and applying."""
+        return self._barrier is not None and knobs.nonfinite != "raise"
+
+    def _decide_arguments(self, bucket: Bucket, knobs: Knobs) -> tuple[list[Any], dict[str, Any]]:
+        """What decide reads and writes for a bucket, and its compile-time choices."""
+        scalars, addresses = bucket.scalars(knobs)
+        tracks, program, table, max_rows = bucket.programs(knobs)
+        last = {each.device: each for each in self._buckets}
+        arguments = [
+            self._partials[bucket.device],
+            self._n_partials,
+            knobs.norm_type,
+            bucket.tensors,
+            scalars,
+            addresses,
+            bucket.values,
+            tracks,
+            program,
+            table,
+            max_rows,
+            knobs.clock(bucket.device),
+            int(knobs.advance),
+            bucket.rows,
+            bucket.norm_out(knobs),
+            bucket.skip,
+        ]
+        choices = {
+            "row_name": bucket.rule.row.__name__,
+            "factor_name": getattr(knobs.clip.factor, "__name__", "no_factor") if knobs.clip else "no_factor",
+            "scope": knobs.scope,
+            "mode": self._mode,
+            "guard": knobs.nonfinite != "propagate",
+            "count": knobs.nonfinite == "skip",
+            "last": last[bucket.device] is bucket,
+            "n_row_scalars": len(bucket.rule.scalars),
+            "dtype": bucket.dtype,
+        }
+        return arguments, choices
+
+    def _apply_choices(self, bucket: Bucket, knobs: Knobs) -> dict[str, Any]:
+        """The compile-time choices of apply for a bucket."""
+        return {
+            "rule_name": bucket.rule.name,
+            "hyper_name": bucket.rule.hyper.__name__,
+            "clamp": knobs.clip_numbers[2] != float("inf"),
+            "dtype": bucket.dtype,
+            "grad_dtype": bucket.dtype,
+            "state_dtypes": [slot.dtype for slot in bucket.leaves[0].slots],
+        }
+
+    def _step(self, knobs: Knobs) -> None:
+        """Measure, decide and apply the only bucket, whose gradients are gathered, in one launch."""
+        from fusedlr.kernels import launch
+
+        assert self._barrier is not None
+        (bucket,) = self._buckets
+        arguments, choices = self._decide_arguments(bucket, knobs)
+        choices |= self._apply_choices(bucket, knobs)
+        with _on(bucket.device):
+            launch.launch_step(
+                self._barrier,
+                bucket.n_chunks,
+                bucket.segments,
+                bucket.chunks,
+                bucket.chunk_size,
+                bucket.first_partial,
+                *arguments,
+                **choices,
+            )
+
     def decide(self, knobs: Knobs) -> bool:
         from fusedlr.kernels import launch
 
-        last = {bucket.device: bucket for bucket in self._buckets}
-        for bucket in self._buckets:
-            scalars, addresses = bucket.scalars(knobs)
-            tracks, program, table, max_rows = bucket.programs(knobs)
-            norm = bucket.norm_out(knobs)
-            with _on(bucket.device):
-                launch.launch_decide(
-                    self._partials[bucket.device],
-                    self._n_partials,
-                    knobs.norm_type,
-                    bucket.tensors,
-                    scalars,
-                    addresses,
-                    bucket.values,
-                    tracks,
-                    program,
-                    table,
-                    max_rows,
-                    knobs.clock(bucket.device),
-                    int(knobs.advance),
-                    bucket.rows,
-                    norm,
-                    bucket.skip,
-                    row_name=bucket.rule.row.__name__,
-                    factor_name=getattr(knobs.clip.factor, "__name__", "no_factor") if knobs.clip else "no_factor",
-                    scope=knobs.scope,
-                    mode=self._mode,
-                    guard=knobs.nonfinite != "propagate",
-                    count=knobs.nonfinite == "skip",
-                    last=last[bucket.device] is bucket,
-                    n_row_scalars=len(bucket.rule.scalars),
-                    dtype=bucket.dtype,
-                )
+        if self._in_one(knobs):
+            if knobs.measures:  # else the gradients are not gathered before apply
+                self._step(knobs)
+        else:
+            for bucket in self._buckets:
+                arguments, choices = self._decide_arguments(bucket, knobs)
+                with _on(bucket.device):
+                    launch.launch_decide(*arguments, **choices)
         if knobs.nonfinite == "raise" and int(self._buckets[0].skip):  # to raise is to wait for the device
             raise FloatingPointError("the gradients hold an inf or NaN, and nonfinite='raise'; nothing was changed")
         if knobs.nonfinite != "skip":
@@ -390,21 +449,18 @@ class TritonExecutor(Executor):
 
         for bucket in self._buckets:
             segments = bucket.segments if knobs.measures else bucket.gather(grads)
-            if not bucket.n_chunks:
-                continue
-            with _on(bucket.device):
-                launch.launch_apply(
-                    bucket.n_chunks,
-                    segments,
-                    bucket.chunks,
-                    bucket.rows,
-                    bucket.skip,
-                    bucket.chunk_size,
-                    rule_name=bucket.rule.name,
-                    hyper_name=bucket.rule.hyper.__name__,
-                    clamp=knobs.clip_numbers[2] != float("inf"),
-                    dtype=bucket.dtype,
-                    grad_dtype=bucket.dtype,
-                    state_dtypes=[slot.dtype for slot in bucket.leaves[0].slots],
-                )
+            if self._in_one(knobs):
+                if not knobs.measures:
+                    self._step(knobs)
+            elif bucket.n_chunks:
+                with _on(bucket.device):
+                    launch.launch_apply(
+                        bucket.n_chunks,
+                        segments,
+                        bucket.chunks,
+                        bucket.rows,
+                        bucket.skip,
+                        bucket.chunk_size,
+                        **self._apply_choices(bucket, knobs),
+                    )
             bucket.put_back()
