@@ -23,7 +23,7 @@ from test_schedules import ending, endless
 
 from fusedlr.schedules import Schedule, Table
 from fusedlr.schedules import program as host
-from fusedlr.schedules.program import Kind, Packed, Row, pack, value
+from fusedlr.schedules.program import NUMBERS, Kind, Packed, Row, pack, value
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -97,7 +97,7 @@ def test_lanes_without_a_program_are_zero_and_read_nothing() -> None:
     packed = pack([CASES[0].schedule.rows(1.0), [], CASES[0].schedule.rows(2.0), []])
     packed.first[packed.count == 0] = 2**40  # whoever reads there crashes
     assert launch(packed, [0, 5]).tolist() == [[0.3, 0.0, 0.6, 0.0]] * 2
-    nothing = Packed(packed.rows[:0], packed.values, packed.first, packed.count * 0)
+    nothing = Packed(packed.rows[:0], packed.values, packed.first, packed.count * 0, packed.live)
     assert launch(nothing, [7]).tolist() == [[0.0] * 4]
 
 
@@ -108,16 +108,34 @@ def test_rows_beyond_a_program_are_not_read_as_its_own() -> None:
     assert launch(packed, [0, 3, 100]).tolist() == [[1.0, 2.0, 1.0], [1.0, 5.0, 1.0], [1.0, 6.0, 1.0]]
 
 
-def test_fractional_starts_and_lengths() -> None:
-    # No schedule of today emits them, but rows may hold them: torch's OneCycleLR has fractional phases.
+def test_factors_that_begin_late_and_clocks_that_go_slower() -> None:
     rows = [
-        Row(0, 32.633, 0, Kind.COSINE, 0.004, 0.1),
-        Row(32.633, 67.367, 0, Kind.COSINE, 0.1, 4e-7),
-        Row(100.5, 0.5, 0, Kind.LINEAR, 4e-7, 0.0),
+        Row(0, 10, 0, Kind.LINEAR, 0.0, 1.0),
+        Row(10, math.inf, 0, Kind.CONST, 1.0),
+        Row(4, math.inf, 0, Kind.CONST, 0.5, factor=1),
+        Row(6, 2.5, 0.25, Kind.COSINE, 1.0, 0.1, stride=3, factor=2),
+        Row(8, math.inf, 0, Kind.CONST, 0.25, factor=1),
     ]
-    times = [0, 32, 33, 99, 100, 101, 1_000]
-    expected = [value(rows, t) for t in times]
-    np.testing.assert_allclose(launch(pack([rows]), times)[:, 0], expected, rtol=RELATIVE, atol=0)
+    single = [Row(0, math.inf, 0, Kind.CONST, 7.0)]
+    times = [*range(20), 1_000]
+    got = launch(pack([single, rows, []]), times)
+    np.testing.assert_allclose(got[:, 1], [value(rows, t) for t in times], rtol=RELATIVE, atol=0)
+    assert got[4, 1] == 0.4 * 0.5
+    assert got[:, 0].tolist() == [7.0] * len(times)
+    assert got[:, 2].tolist() == [0.0] * len(times)
+
+
+def test_a_live_number_may_change_between_steps() -> None:
+    rows = [Row(0, 4, 0, Kind.LINEAR, 1.0, 0.0), Row(0, math.inf, 0, Kind.LIVE, 2.0, 0.25, factor=1, values=(0.5,))]
+    packed = pack([Table([0.5]).rows(1.0), rows, rows])
+    # Equal tables are shared, live numbers never: each program has its own.
+    assert packed.values.tolist() == [0.5, 0.5, 0.5]
+    assert packed.live.tolist() == [1, 2]
+    assert launch(packed, [1]).tolist() == [[0.5, 0.75, 0.75]]
+    packed.values[packed.live[0]] = 0.0
+    assert launch(packed, [1]).tolist() == [[0.5, 0.75 * 0.25, 0.75]]
+    rows[1] = rows[1]._replace(values=(0.0,))
+    assert value(rows, 1) == 0.75 * 0.25
 
 
 def names(function: Any) -> list[str]:
@@ -135,7 +153,8 @@ def test_the_device_knows_no_other_kinds_and_the_same_rows() -> None:
     assert codes == {kind.name for kind in Kind} | {"ROW_WIDTH", "HALF_PI"}
     assert device_code.ROW_WIDTH.value == pack([[Row(0, math.inf, 0, Kind.CONST, 1.0)]]).rows.shape[1]
     assert device_code.HALF_PI.value == 0.5 * math.pi
-    assert Row._fields[:9] == ("start", "length", "offset", "kind", "a", "b", "p0", "p1", "p2")
+    assert Row._fields[:-1] == NUMBERS
+    assert NUMBERS == ("start", "length", "offset", "kind", "a", "b", "p0", "p1", "p2", "stride", "factor")
 
 
 COMPILE = """

@@ -382,7 +382,7 @@ def test_packing() -> None:
     assert packed.rows[[1, 5, 6], 8].tolist() == [0.0, 0.0, 2.0]
     assert packed.rows[1, :5].tolist() == [4.0, 2.0, 0.0, float(Kind.TABLE), 2.0]
     empty = pack([])
-    assert empty.rows.shape == (0, 9)
+    assert empty.rows.shape == (0, 11)
     assert empty.first.shape == empty.count.shape == empty.values.shape == (0,)
 
 
