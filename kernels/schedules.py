@@ -157,8 +157,8 @@ def row_value(row, values_ptr, used, t):
     is_triangle = kind == TRIANGLE
     is_periodic = kind == COSINE_PERIODIC
     length = tl.where(length < float("inf"), length, 1.0)
-    # Division by them takes whole numbers, at least 1; 2 keeps both sides of a triangle that is none.
-    cycle = tl.where(is_table | is_restarts | is_triangle | is_periodic, length, 2.0)
+    # Where the formulas divide integers, a fractional length would be cut to 0.
+    cycle = tl.where(is_table | is_restarts | is_triangle | is_periodic, length, 1.0)
     every = tl.where(decays | is_table, p1, 1.0)
 
     u = (t - start) // stride
@@ -181,7 +181,7 @@ def row_value(row, values_ptr, used, t):
     result = tl.where(is_periodic, cosine_periodic(n.to(tl.int64), cycle, a, b), result)
     result = tl.where(kind == ROOT, root(tl.maximum(p, 0.0), q, a, b), result)
     result = tl.where(is_restarts, restarts(u, cycle, a, b, tl.where(is_restarts, p0, 0.0)), result)
-    up = tl.where(is_triangle, p0, 1.0)
+    up = tl.where(is_triangle, p0, 0.5)
     decay = tl.where(is_triangle, p1, 0.0)
     result = tl.where(is_triangle, triangle(u, cycle, a, b, up, decay, tl.where(is_triangle, p2, 1.0)), result)
     result = tl.where(kind == LIVE, live(a, b, tl.where(kind == LIVE, p2, -1.0), values_ptr), result)
@@ -192,14 +192,12 @@ def row_value(row, values_ptr, used, t):
 def schedule_value(rows_ptr, values_ptr, first, count, t, max_rows):
     """The values at step t of the programs ``rows[first : first + count]``, one a lane; 0 where count is 0.
 
-    ``first`` and ``count`` are int64 blocks, ``t`` an int64 scalar, ``max_rows`` the largest count; the result is a
-    float64 block. Launch without fp fusion, as the host evaluates.
+    ``first`` and ``count`` are int64 blocks, ``t`` an int64 scalar or block, ``max_rows`` the largest count; the result
+    is a float64 block. Launch without fp fusion, as the host evaluates.
     """
-    highest = (first * 0).to(tl.float64)
-    for i in range(max_rows):
-        factor = tl.load(rows_ptr + (first + i) * ROW_WIDTH + 10, mask=i < count, other=0.0)
-        highest = tl.maximum(highest, factor)
-    n_factors = tl.max(highest).to(tl.int32) + 1
+    # Rows are ordered by factor, so that the last one tells how many there are.
+    last = tl.load(rows_ptr + (first + count - 1) * ROW_WIDTH + 10, mask=count > 0, other=0.0)
+    n_factors = tl.max(last).to(tl.int32) + 1
 
     result = (count > 0).to(tl.float64)
     for f in range(n_factors):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import CASES, RELATIVE, Case, agrees
+from schedule_cases import CASES, RELATIVE, agrees
 from test_schedules import ending, endless
 
 from fusedlr.schedules import Schedule, Table
@@ -57,16 +57,37 @@ def launch(packed: Packed, times: list[int]) -> np.ndarray:
     return out[:, :n].cpu().numpy()
 
 
+@triton.jit
+def evaluate_pairs(rows_ptr, values_ptr, first_ptr, count_ptr, t_ptr, out_ptr, max_rows, LANES: tl.constexpr):
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    first, count, t = tl.load(first_ptr + lane), tl.load(count_ptr + lane), tl.load(t_ptr + lane)
+    tl.store(out_ptr + lane, schedule_value(rows_ptr, values_ptr, first, count, t, max_rows))
+
+
 def test_all_schedules_in_one_launch_are_exact() -> None:
-    times = sorted({t for case in CASES for t in case.times})
-    got = launch(pack([case.schedule.rows(case.base) for case in CASES]), times)
-
-    def wrong(i: int, case: Case) -> list[tuple[int, float]]:
-        return [(t, got[times.index(t), i]) for t in case.times if not agrees(got[times.index(t), i], case.exact(t))]
-
-    failures = {repr(case.schedule): found for i, case in enumerate(CASES) if (found := wrong(i, case))}
+    packed = pack([case.schedule.rows(case.base) for case in CASES])
+    pairs = [(i, t) for i, case in enumerate(CASES) for t in case.times]
+    lanes = 256
+    which = np.array([i for i, _ in pairs] + [0] * (-len(pairs) % lanes))
+    times = np.array([t for _, t in pairs] + [0] * (-len(pairs) % lanes), dtype=np.int64)
+    arrays = (packed.rows, packed.values, packed.first[which], packed.count[which], times)
+    out = torch.full((len(which),), math.nan, dtype=torch.float64, device=DEVICE)
+    evaluate_pairs[(len(which) // lanes,)](
+        *(torch.from_numpy(array).to(DEVICE) for array in arrays),
+        out, int(packed.count.max()), LANES=lanes, enable_fp_fusion=False,
+    )  # fmt: skip
+    failures = [
+        (repr(CASES[i].schedule), t, got)
+        for (i, t), got in zip(pairs, out.tolist(), strict=False)
+        if not agrees(got, CASES[i].exact(t))
+    ]
     assert not failures
-    # And at the steps that matter to other cases: the host, whose own exactness test_schedules.py holds.
+
+
+def test_one_clock_for_all_schedules() -> None:
+    """As a step evaluates them: all programs at one t; the host's own exactness test_schedules.py holds."""
+    times = [0, 7, 100, 10**9]
+    got = launch(pack([case.schedule.rows(case.base) for case in CASES]), times)
     expected = np.array([[case.schedule(t, case.base) for case in CASES] for t in times])
     np.testing.assert_allclose(got, expected, rtol=RELATIVE, atol=1e-290)
 

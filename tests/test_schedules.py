@@ -56,7 +56,7 @@ def test_every_schedule_has_a_case() -> None:
     concrete = {c for c in public if isinstance(c, type) and issubclass(c, Schedule) and c not in (Schedule, Chain)}
     assert concrete <= tested
     kinds = {row.kind for case in CASES for row in case.schedule.rows(case.base)}
-    assert kinds == set(Kind)
+    assert kinds == set(Kind) - {Kind.LIVE}  # no schedule emits that one; test_schedule_kernels.py holds it
 
 
 # (ours, torch's scheduler for an optimizer), compared for 40 steps.

@@ -75,7 +75,7 @@ class Packed:
     """Programs as arrays: program i is ``rows[first[i] : first[i] + count[i]]``."""
 
     rows: NDArray[np.float64]
-    """[n, 11], the numbers of each ``Row`` in the order of its fields."""
+    """[n, 11], the numbers of each ``Row`` in the order of its fields; the rows of a program are ordered by factor."""
     values: NDArray[np.float64]
     """The numbers of all tables; ``p2`` of a TABLE or LIVE row is where its own begin."""
     first: NDArray[np.int64]
@@ -279,7 +279,8 @@ def pack(programs: Sequence[Sequence[Row]]) -> Packed:
         if program and program[0].start != 0:
             raise ValueError(f"a program must start at step 0, but its first row starts at {program[0].start}")
         first.append(len(rows))
-        for row in program:
+        # A device reads the number of factors from the last row.
+        for row in sorted(program, key=lambda row: row.factor):
             place = row.p2
             if row.kind == Kind.LIVE or (row.values and row.values not in places):
                 place = len(values)
