@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_cases import CASES, RELATIVE, agrees
-from test_schedules import ending, endless
+from test_schedules import composed, ending, endless
 
 from fusedlr.schedules import Schedule, Table
 from fusedlr.schedules import program as host
@@ -95,7 +95,7 @@ def test_one_clock_for_all_schedules() -> None:
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.lists(ending(), min_size=1, max_size=3), min_size=1, max_size=4),
-    st.one_of(ending(), endless()),
+    st.one_of(ending(), endless(), composed()),
     st.lists(st.integers(0, 200) | st.integers(0, 2**31 - 1), min_size=1, max_size=3),
 )
 def test_random_programs_side_by_side(chains: list[list[Schedule]], last: Schedule, times: list[int]) -> None:

@@ -18,15 +18,21 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from fusedlr import schedules
 from fusedlr.schedules import (
+    WSD,
     Chain,
     Constant,
     Cosine,
+    CosineRestarts,
+    Cyclic,
     ExponentialDecay,
     ForSteps,
+    InverseSqrt,
     InverseTimeDecay,
     Linear,
     LinearDecay,
     MultiStepDecay,
+    Noam,
+    OneCycle,
     Polynomial,
     PowerDecay,
     Schedule,
@@ -34,6 +40,8 @@ from fusedlr.schedules import (
     StepDecay,
     Table,
     Warmup,
+    per_epoch,
+    product,
 )
 from fusedlr.schedules.program import Kind, Row, pack, split_rate, value
 
@@ -323,6 +331,8 @@ def ending() -> st.SearchStrategy[Schedule]:
         st.builds(Linear, steps, unit, unit),
         st.builds(Constant, unit, steps),
         st.builds(Table, st.lists(unit, min_size=1, max_size=5), steps, st.booleans()),
+        st.builds(OneCycle, unit, steps, unit, st.sampled_from(["cos", "linear"]), three_phase=st.booleans()),
+        st.builds(WSD, steps, steps, steps, st.sampled_from(["linear", "cosine", "1-sqrt", "exponential"]), st.just(0.1)),
         endless().flatmap(lambda schedule: steps.map(schedule.for_steps)),
     )
 
@@ -337,6 +347,24 @@ def endless() -> st.SearchStrategy[Schedule]:
         st.builds(LinearDecay, st.floats(0, 0.1), unit),
         st.builds(PowerDecay, unit, st.floats(0, 3)),
         st.builds(Cosine, steps, unit, st.just(True)),
+        st.builds(CosineRestarts, steps, st.integers(1, 3), st.floats(0.1, 1), unit),
+        st.builds(Cyclic, unit, unit, steps, steps, st.sampled_from(["triangular", "triangular2", "exp_range"])),
+        st.builds(InverseSqrt, steps),
+        st.builds(Noam, steps, steps),
+    )
+
+
+def composed() -> st.SearchStrategy[Schedule]:
+    """Chains, products, epochs and ends within each other."""
+    return st.recursive(
+        ending(),
+        lambda inner: st.one_of(
+            st.builds(Schedule.then, inner, inner),
+            st.builds(product, inner, inner),
+            st.builds(per_epoch, inner, st.integers(1, 5)),
+            st.builds(Schedule.for_steps, inner, st.integers(1, 60)),
+        ),
+        max_leaves=5,
     )
 
 
@@ -368,6 +396,22 @@ def test_a_chain_is_its_parts_on_their_own_clocks(parts: list[Schedule], last: S
 @given(st.one_of(ending(), endless()), st.integers(1, 100), st.integers(0, 300))
 def test_for_steps_stops_the_clock(schedule: Schedule, steps: int, t: int) -> None:
     assert schedule.for_steps(steps)(t, 1.0) == schedule(min(t, steps), 1.0)
+
+
+@settings(deadline=None, max_examples=150)
+@given(composed(), st.one_of(composed(), endless()), st.integers(1, 9), st.integers(0, 400))
+def test_compositions_are_what_they_say(a: Schedule, b: Schedule, n: int, t: int) -> None:
+    assert a.length is not None
+    both, slow, stopped = product(a, b), per_epoch(b, n), b.for_steps(n)
+    assert both(t, 1.5) == pytest.approx(a(t, 1.5) * b(t, 1.5) / 1.5, rel=1e-14, abs=1e-300)
+    assert slow(t, 1.5) == b(t // n, 1.5)
+    assert stopped(t, 1.5) == b(min(t, n), 1.5)
+    assert a.then(b)(t, 1.5) == (a(t, 1.5) if t < a.length else b(t - a.length, 1.5))
+    for schedule in (both, slow, stopped, a.then(b)):
+        assert eval(repr(schedule), vars(schedules)) == schedule
+        assert pickle.loads(pickle.dumps(schedule)) == schedule
+        if schedule.length is not None:
+            assert schedule(schedule.length + t, 1.5) == schedule(schedule.length, 1.5)
 
 
 def test_packing() -> None:
