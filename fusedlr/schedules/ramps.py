@@ -113,7 +113,7 @@ class Polynomial(Schedule):
     """Down to a minimum as a power of what remains: ``min_lr + (base_lr - min_lr) * (1 - p)**power``.
 
     ``p = min(t/total_steps, 1)``. torch's ``PolynomialLR`` has no minimum; Keras' and HF's do. With ``power = 0`` the
-    value is the base throughout, since 0**0 is 1; torch agrees.
+    value is the base throughout, since ``0**0`` is 1; torch agrees.
 
     Args:
         total_steps: steps from the base to the minimum, at least 1.
