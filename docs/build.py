@@ -57,7 +57,8 @@ class Picture(NamedTuple):
         schedule = eval(self.expression, {**vars(schedules), "math": math})
         rows = schedule.rows(1.0)
         figure, axes = pyplot.subplots(figsize=(4.6, 1.9), dpi=110)
-        axes.plot(range(self.steps), [schedules.value(rows, t) for t in range(self.steps)], color="#1f5fa8", linewidth=1.6)
+        values = [schedules.value(rows, t) for t in range(self.steps)]
+        axes.plot(range(self.steps), values, color="#1f5fa8", linewidth=1.6)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -149,12 +150,12 @@ SCHEDULES_HEAD = """# Schedules
     schedule = schedules.Warmup(2_000).then(schedules.Cosine(98_000, min_lr=3e-5))
     optimizer = fusedlr.AdamW(model.parameters(), lr=3e-4, schedule=schedule)
 
-t is the 0-based count of optimizer steps, `base_lr` the base of the param group: its `lr` when the optimizer was made. A
-`min_lr` is in the same unit, factors and values are multiples of the base. `schedule=` also takes a dict of schedules for
-`lr`, `weight_decay`, `beta1`, `beta2`, `momentum` and `max_norm`; each starts from its scalar's own base.
+t is the 0-based count of optimizer steps, `base_lr` the base of the param group: its `lr` when the optimizer was made.
+A `min_lr` is in the same unit, factors and values are multiples of the base. `schedule=` also takes a dict of schedules
+for `lr`, `weight_decay`, `beta1`, `beta2`, `momentum` and `max_norm`; each starts from its scalar's own base.
 
-A schedule is a value. `schedule(t, base_lr)` evaluates it, `repr` gives the code that makes it, equal schedules are equal
-and hash alike, all of them pickle, and `schedule.plot(steps)` draws. From a shell:
+A schedule is a value. `schedule(t, base_lr)` evaluates it, `repr` gives the code that makes it, schedules compare by
+value and pickle, and `schedule.plot(steps)` draws. From a shell:
 
     python -m fusedlr plot 'Warmup(100).then(Cosine(900))' --steps 1000 --out lr.png
 
@@ -163,10 +164,10 @@ and hash alike, all of them pickle, and `schedule.plot(steps)` draws. From a she
 - `product(a, b)` and `per_epoch(a, n)` are described below. All of these nest in any order.
 - Past its end a schedule holds its last value, also where the run is longer.
 
-On a GPU the same formulas are evaluated in float64 by the kernel that decides a step, from t in device memory. On the host and
-on the device the relative error is below 1e-12 for t up to 1e9 (a slope close to its zero crossing up to 2**31): tests
-hold both against 50 digits, at every boundary and its neighbours. So restarts and epochs are counted in integers,
-cosines are squared sines of what remains, and powers are exponentials of logarithms.
+On a GPU the same formulas are evaluated in float64 by the kernel that decides a step, from t in device memory. On the
+host and on the device the relative error is below 1e-12 for t up to 1e9: tests hold both against 50 digits, at every
+boundary and its neighbours. So restarts and epochs are counted in integers, cosines are squared sines of what remains,
+and powers are exponentials of logarithms.
 """
 
 
@@ -174,9 +175,9 @@ def peers_tables() -> str:
     """The schedules of other libraries, a table each."""
     parts = [
         "## From other libraries",
-        "b is the base learning rate of the group, n the length, w the warm-up. Every row is tested against the formula in the "
-        "library's source. torch's own schedulers are read by `from_torch`. What follows a metric (transformers' "
-        "`reduce_lr_on_plateau`, timm's `PlateauLRScheduler`) has no curve, and no row.",
+        "b is the base learning rate of the group, n the length, w the warm-up. Every row is tested against the formula "
+        "in the library's source. torch's own schedulers are read by `from_torch`. What follows a metric, as "
+        "transformers' `reduce_lr_on_plateau` and timm's `PlateauLRScheduler` do, has no curve, and no row.",
     ]
     for library, peers in PEERS.items():
         rows = [f"| `{peer.theirs}` | `{peer.ours}` | {peer.note} |" for peer in peers]

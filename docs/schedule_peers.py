@@ -74,7 +74,11 @@ PEERS: dict[str, list[Peer]] = {
             "timm's decay takes the minimum along, here it is 0",
         ),
         Peer("StepLRScheduler (n, g, warmup_t=w)", "Warmup(w, offset=0).then(StepDecay(n, g))"),
-        Peer("MultiStepLRScheduler (milestones, g)", "MultiStepDecay([m - 1 for m in milestones], g)", "one step earlier"),
+        Peer(
+            "MultiStepLRScheduler (milestones, g)",
+            "MultiStepDecay([m - 1 for m in milestones], g)",
+            "one step earlier",
+        ),
         Peer("PolyLRScheduler (n, power=k, lr_min=m)", "Polynomial(n, k, min_lr=m)"),
         Peer(
             "TanhLRScheduler (n, lb=-7, ub=3)",

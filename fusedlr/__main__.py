@@ -73,7 +73,10 @@ def plot(expression: str, steps: int | None, out: Path, base_lr: float, log: boo
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    axes.get_figure().savefig(out, dpi=150, bbox_inches="tight")
+    from matplotlib import pyplot
+
+    pyplot.savefig(out, dpi=150, bbox_inches="tight")
+    pyplot.close()
 
 
 def main(argv: list[str] | None = None) -> int:

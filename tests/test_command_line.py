@@ -114,9 +114,10 @@ def test_nothing_else_is_read_and_nothing_runs(text: str, tmp_path: Path) -> Non
 @given(st.text(max_size=40) | st.text("Cosine().thenWarmup[]{}0123456789,=*+-_'\" ", max_size=40))
 def test_any_text_gives_a_schedule_or_an_error_of_ours(text: str) -> None:
     try:
-        assert isinstance(parse(text), Schedule)
-    except (ValueError, TypeError) as error:
-        assert str(error)
+        result = parse(text)
+    except (ValueError, TypeError):
+        return
+    assert isinstance(result, Schedule)
 
 
 def test_errors_say_where() -> None:
@@ -168,7 +169,11 @@ def test_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_arguments_exit_with_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib import pyplot
@@ -200,7 +205,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_it_runs_as_a_module(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "fusedlr", "plot", "Cosin(9)"], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "fusedlr", "plot", "Cosin(9)"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("python -m fusedlr plot: expected one of")
     assert "Traceback" not in done.stderr

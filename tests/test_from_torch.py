@@ -67,7 +67,9 @@ CLOSED: dict[str, tuple[Make, Schedule]] = {
     ),
     "sequential": (
         sequence(LINEAR, COSINE, lambda o: theirs.ExponentialLR(o, 0.9), at=[5, 25]),
-        s.Linear(5, 0.1, 1.0).for_steps(5).then(s.Cosine(20, 0.01, periodic=True).for_steps(20)).then(s.StepDecay(1, 0.9)),
+        s.Linear(5, 0.1, 1.0).for_steps(5)
+        .then(s.Cosine(20, 0.01, periodic=True).for_steps(20))
+        .then(s.StepDecay(1, 0.9)),
     ),
     "sequential-restarts": (
         sequence(LINEAR, lambda o: theirs.CosineAnnealingWarmRestarts(o, 7, 2), at=[5]),
@@ -93,7 +95,9 @@ SAMPLED: dict[str, Make] = {
     ),
     "cyclic-fraction": lambda o: theirs.CyclicLR(o, 0.01, 0.3, 2.5, 3.25),
     "chained-cosine": chained(LINEAR, COSINE),
-    "chained-over": chained(lambda o: theirs.ExponentialLR(o, 0.97), lambda o: theirs.LambdaLR(o, lambda t: 1 / (t + 1))),
+    "chained-over": chained(
+        lambda o: theirs.ExponentialLR(o, 0.97), lambda o: theirs.LambdaLR(o, lambda t: 1 / (t + 1))
+    ),
     "sequential-lambda": sequence(LINEAR, lambda o: theirs.LambdaLR(o, lambda t: 1 / (t + 1)), at=[5]),
     "sequential-multiplicative": sequence(LINEAR, lambda o: theirs.MultiplicativeLR(o, lambda t: 0.9), at=[5]),
     "sequential-chained": sequence(chained(LINEAR, COSINE), COSINE, at=[11]),
@@ -125,8 +129,8 @@ def test_closed_forms(name: str) -> None:
     got = from_torch(scheduler)
     assert got == expected
     base = scheduler.base_lrs[0] if hasattr(scheduler, "base_lrs") else BASE
-    # torch multiplies 500 times, each rounding by 1e-16, and next to zero its 1 + cos(x) leaves 1e-16 of the base; after
-    # such a zero CosineAnnealingLR goes on from what it left there.
+    # torch multiplies 500 times, each rounding by 1e-16, and next to zero its 1 + cos(x) leaves 1e-16 of the base;
+    # CosineAnnealingLR goes on from what it left there.
     assert curve(got, base, 500) == pytest.approx(lrs, rel=3e-12, abs=3e-15 * max(lrs))
 
 

@@ -98,7 +98,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: WSD(1, 1, 1, decay="log"), ValueError, "decay must be one of 'linear', 'cosine', '1-sqrt', 'exponential'"),
     (lambda: WSD(2**53, 1, 1), ValueError, r"warmup_steps \+ stable_steps \+ decay_steps must be"),
     (lambda: Lambda(0.5, 3), TypeError, r"fn must be a function of the step, but got 0\.5 \(float\)"),
-    (lambda: Lambda(lambda t: nan if t == 2 else 1.0, 5), ValueError, r"fn\(2\) must be a finite number >= 0, but got nan"),
+    (lambda: Lambda(lambda t: nan if t == 2 else 1.0, 5), ValueError, r"fn\(2\) must be a .*>= 0, but got nan"),
     (lambda: Lambda(lambda t: "0.1", 5), TypeError, r"fn\(0\) must be a number, but got '0.1' \(str\)"),
     (lambda: Lambda(lambda t: None, 5), TypeError, r"fn\(0\) must be a number, but got None"),
     (lambda: Lambda(lambda t: 1.0, 10**9), ValueError, "total_steps must be at most 10000000.*got 1000000000"),

@@ -169,7 +169,9 @@ FORMULAS: dict[str, Curve] = {
     'transformers: warmup_stable_decay (w, s, d, decay_type="1-sqrt", min_lr_ratio=r)': hf_wsd(
         lambda p: p, lambda p: 1.0 - math.sqrt(p)
     ),
-    "timm: CosineLRScheduler (n, lr_min=m, warmup_t=w, warmup_lr_init=f*b, warmup_prefix=True)": warm(timm_cosine, f * b),
+    "timm: CosineLRScheduler (n, lr_min=m, warmup_t=w, warmup_lr_init=f*b, warmup_prefix=True)": warm(
+        timm_cosine, f * b
+    ),
     "timm: CosineLRScheduler (n, cycle_mul=2, cycle_decay=g, cycle_limit=3)": timm_cycles,
     "timm: StepLRScheduler (n, g, warmup_t=w)": warm(lambda u: b * g ** (u // n)),
     "timm: MultiStepLRScheduler (milestones, g)": lambda t: b * g ** bisect_right(milestones, t + 1),

@@ -324,6 +324,7 @@ def test_bad_input(act: Any, error: type[Exception], message: str) -> None:
 def ending() -> st.SearchStrategy[Schedule]:
     steps = st.integers(1, 40)
     unit = st.floats(0, 1)
+    decays = st.sampled_from(["linear", "cosine", "1-sqrt", "exponential"])
     return st.one_of(
         st.builds(Warmup, steps, unit, st.sampled_from(["linear", "cosine", "log"]), st.sampled_from([0, 1])),
         st.builds(Cosine, steps, unit),
@@ -332,7 +333,7 @@ def ending() -> st.SearchStrategy[Schedule]:
         st.builds(Constant, unit, steps),
         st.builds(Table, st.lists(unit, min_size=1, max_size=5), steps, st.booleans()),
         st.builds(OneCycle, unit, steps, unit, st.sampled_from(["cos", "linear"]), three_phase=st.booleans()),
-        st.builds(WSD, steps, steps, steps, st.sampled_from(["linear", "cosine", "1-sqrt", "exponential"]), st.just(0.1)),
+        st.builds(WSD, steps, steps, steps, decays, st.floats(0.1, 1)),
         endless().flatmap(lambda schedule: steps.map(schedule.for_steps)),
     )
 

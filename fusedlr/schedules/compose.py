@@ -1,4 +1,4 @@
-"""Schedules made of schedules, beside the methods ``then`` and ``for_steps``: products, and clocks that count epochs."""
+"""Schedules made of schedules, beside ``then`` and ``for_steps``: products, and clocks that count epochs."""
 
 from __future__ import annotations
 
@@ -138,10 +138,11 @@ class PerEpoch(Schedule):
 
     def _rows(self, base_lr: float) -> list[Row]:
         n = self.steps_per_epoch
-        rows = self.schedule._rows(base_lr)
         # What lies beyond the last step that there can be, 2**53, would not survive as a float64.
         return [
-            row._replace(start=row.start * n, stride=min(row.stride * n, 2**54)) for row in rows if row.start * n <= 2**53
+            row._replace(start=row.start * n, stride=min(row.stride * n, 2**54))
+            for row in self.schedule._rows(base_lr)
+            if row.start * n <= 2**53
         ]
 
     def momentum_schedule(self) -> Schedule | None:

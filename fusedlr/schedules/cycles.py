@@ -83,12 +83,12 @@ class CosineRestarts(Schedule):
 @final
 @dataclass(frozen=True, repr=False)
 class OneCycle(Schedule):
-    """Up to ``max_lr`` and down to almost nothing: ``lo -> max_lr`` until ``pct_start*total_steps - 1``, then ``-> end``.
+    """Up to ``max_lr`` and down to almost nothing: ``low -> max_lr -> end``, the top at ``pct_start*total_steps - 1``.
 
-    ``lo = max_lr/div_factor`` and ``end = lo/final_div_factor``, reached at the step ``total_steps - 1`` and held. Each
-    phase is half a cosine wave or a straight line; with ``three_phase`` the second leads back to ``lo`` at
+    ``low = max_lr/div_factor`` and ``end = low/final_div_factor``, reached at the step ``total_steps - 1`` and held.
+    Each phase is half a cosine wave or a straight line; with ``three_phase`` the second leads back to ``low`` at
     ``2*pct_start*total_steps - 2`` and a third to ``end``. The base does not matter. torch's ``OneCycleLR`` is the same
-    but rises again at t = total_steps, and divides by zero where ``pct_start*total_steps`` is 1: here that is ``max_lr``.
+    but rises again at t = total_steps, and divides by zero where ``pct_start*total_steps`` is 1: that is ``max_lr``.
 
     With ``cycle_momentum`` the momentum, or beta1 where the optimizer has no momentum, runs from ``max_momentum`` to
     ``base_momentum`` and back.

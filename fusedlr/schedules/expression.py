@@ -25,7 +25,7 @@ from .warmups import WSD, InverseSqrt, Noam
 __all__ = ["parse"]
 
 _MAKERS: dict[str, Callable[..., Schedule]] = {
-    maker.__name__: maker  # type: ignore[attr-defined]  # classes and functions have names
+    maker.__name__: maker
     for maker in (
         WSD, Constant, Cosine, CosineRestarts, Cyclic, ExponentialDecay, InverseSqrt, InverseTimeDecay, Linear,
         LinearDecay, MultiStepDecay, Noam, OneCycle, Polynomial, PowerDecay, SqrtDecay, StepDecay, Table, Warmup,
@@ -59,7 +59,8 @@ def parse(text: str) -> Schedule:
     try:
         result = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"expected a schedule such as 'Warmup(100).then(Cosine(900))', but got {text!r}: {error}") from None
+        example = "Warmup(100).then(Cosine(900))"
+        raise ValueError(f"expected a schedule such as {example!r}, but got {text!r}: {error}") from None
     if not isinstance(result, Schedule):
         raise ValueError(f"expected a schedule such as 'Cosine(900)', but got {text!r}, which is no schedule")
     return result

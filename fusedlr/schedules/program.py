@@ -168,7 +168,7 @@ def restarts(u: int, length: float, a: float, b: float, c: float) -> float:
 
 
 def triangle(u: int, length: float, a: float, b: float, up: float, c: float, every: float) -> float:
-    """a + (b - a)*h*exp(c*(u//every)), where h rises from 0 to 1 in ``up`` steps and falls in the rest of ``length``."""
+    """a + (b - a)*h*exp(c*(u//every)); h rises from 0 to 1 in ``up`` steps and falls in the rest of ``length``."""
     r = u % int(length)
     down = length - up
     h = r / up if r < up else (length - r) / down
@@ -291,7 +291,8 @@ def pack(programs: Sequence[Sequence[Row]]) -> Packed:
                     places[row.values] = place
             elif row.values:
                 place = places[row.values]
-            rows.append(tuple(map(float, row._replace(p2=place)[: len(NUMBERS)])))
+            moved = row._replace(p2=place)
+            rows.append(tuple(float(getattr(moved, name)) for name in NUMBERS))
     return Packed(
         np.array(rows, dtype=np.float64).reshape(len(rows), len(NUMBERS)),
         np.array(values, dtype=np.float64),
