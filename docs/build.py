@@ -175,8 +175,8 @@ def peers_tables() -> str:
     """The schedules of other libraries, a table each."""
     parts = [
         "## From other libraries",
-        "b is the base learning rate of the group, n the length, w the warm-up. Every row is tested against the formula "
-        "in the library's source. torch's own schedulers are read by `from_torch`. What follows a metric, as "
+        "b is the base learning rate of the group, n the length, w the warm-up. Every row is tested against the "
+        "formula in the library's source. torch's own schedulers are read by `from_torch`. What follows a metric, as "
         "transformers' `reduce_lr_on_plateau` and timm's `PlateauLRScheduler` do, has no curve, and no row.",
     ]
     for library, peers in PEERS.items():

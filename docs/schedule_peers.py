@@ -69,6 +69,12 @@ PEERS: dict[str, list[Peer]] = {
             "Warmup(w, start_factor=f, offset=0).then(Cosine(n, min_lr=m))",
         ),
         Peer(
+            "CosineLRScheduler (n, warmup_t=w, warmup_lr_init=f*b)",
+            "Lambda(lambda t: f + t * (1 - f) / w if t < w else (1 + math.cos(math.pi * t / n)) / 2, n)"
+            ".then(Constant(0.0))",
+            "the decay runs on under the warm-up, and the value jumps after it",
+        ),
+        Peer(
             "CosineLRScheduler (n, cycle_mul=2, cycle_decay=g, cycle_limit=3)",
             "CosineRestarts(n, mult=2, decay=g).for_steps(7 * n).then(Constant(0.0))",
             "timm's decay takes the minimum along, here it is 0",

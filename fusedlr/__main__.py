@@ -76,7 +76,6 @@ def plot(expression: str, steps: int | None, out: Path, base_lr: float, log: boo
     from matplotlib import pyplot
 
     pyplot.savefig(out, dpi=150, bbox_inches="tight")
-    pyplot.close()
 
 
 def main(argv: list[str] | None = None) -> int:

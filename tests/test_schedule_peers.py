@@ -88,6 +88,12 @@ def timm_cosine(u: int) -> float:
     return m + 0.5 * (b - m) * (1 + cos(pi * u / n)) if u < n else m
 
 
+def timm_global_clock(t: int) -> float:
+    if t < w:
+        return f * b + t * (b - f * b) / w
+    return 0.5 * b * (1 + cos(pi * t / n)) if t < n else 0.0
+
+
 def timm_cycles(t: int) -> float:
     # The index by bisection: timm's own floor(log(...)) is one off at some restarts.
     i = bisect_right([n, 3 * n, 7 * n], t)
@@ -172,6 +178,7 @@ FORMULAS: dict[str, Curve] = {
     "timm: CosineLRScheduler (n, lr_min=m, warmup_t=w, warmup_lr_init=f*b, warmup_prefix=True)": warm(
         timm_cosine, f * b
     ),
+    "timm: CosineLRScheduler (n, warmup_t=w, warmup_lr_init=f*b)": timm_global_clock,
     "timm: CosineLRScheduler (n, cycle_mul=2, cycle_decay=g, cycle_limit=3)": timm_cycles,
     "timm: StepLRScheduler (n, g, warmup_t=w)": warm(lambda u: b * g ** (u // n)),
     "timm: MultiStepLRScheduler (milestones, g)": lambda t: b * g ** bisect_right(milestones, t + 1),
