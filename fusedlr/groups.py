@@ -53,11 +53,15 @@ def write(group: dict[str, Any], name: str, value: float) -> None:
 
 
 def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> dict[str, Schedule]:
-    """The argument ``schedule`` as a dict by scalar; errors name what can be scheduled."""
+    """The argument ``schedule`` as a dict by scalar; errors name what can be scheduled.
+
+    A schedule of the lr that cycles the momentum (``OneCycle(..., cycle_momentum=True)``) adds that of the momentum, or
+    of beta1 where there is no momentum.
+    """
     if schedule is None:
         return {}
     if isinstance(schedule, Schedule):
-        return {"lr": schedule}
+        return _with_momentum({"lr": schedule}, names)
     if not isinstance(schedule, Mapping):
         raise TypeError(
             f"schedule must be a schedule of fusedlr.schedules, a dict of them or None, but got {schedule!r} "
@@ -74,7 +78,25 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
             )
     if "max_norm" in schedule and not hasattr(clip, "max_norm"):
         raise ValueError(f"schedule['max_norm'] needs a clip with a max_norm, such as clip=1.0, but clip is {clip!r}")
-    return dict(schedule)
+    return _with_momentum(dict(schedule), names)
+
+
+def _with_momentum(schedules: dict[str, Schedule], names: tuple[str, ...]) -> dict[str, Schedule]:
+    cycle = schedules["lr"].momentum_schedule() if "lr" in schedules else None
+    if cycle is None:
+        return schedules
+    name = next((name for name in ("momentum", "beta1") if name in names), None)
+    if name is None:
+        raise ValueError(
+            f"cycle_momentum=True needs an optimizer with a momentum or beta1, but this one has {sorted(names)}; "
+            "leave cycle_momentum out"
+        )
+    if name in schedules:
+        raise ValueError(
+            f"schedule[{name!r}] and cycle_momentum=True of schedule['lr'] both drive {name}, but only one can; "
+            f"got {schedules[name]!r} and {schedules['lr']!r}"
+        )
+    return {**schedules, name: cycle}
 
 
 class Scheduled:

@@ -175,7 +175,7 @@ def test_works_without_triton(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("folder", ["fusedlr", "kernels", "tests", "bench", "examples"])
+@pytest.mark.parametrize("folder", ["fusedlr", "kernels", "tests", "bench", "examples", "docs"])
 def test_files_can_be_read_in_one_sitting(folder: str) -> None:
     lengths = {str(path): len(path.read_text().splitlines()) for path in sources(ROOT / folder)}
     assert lengths

@@ -51,8 +51,8 @@ def test_tables_give_the_arguments_of_each_class(name, arguments):
 
 def test_tables_name_everything_public():
     names = {name for name, _ in ROWS}
-    # What a.then(b) and a.for_steps(n) return; the table has a row for these two.
-    made_by_methods = {"Chain", "ForSteps"}
+    # What a.then(b), product(a, b) and so on return; the table has rows for these.
+    made_by_methods = {"Chain", "ForSteps", "Product", "PerEpoch", "MomentumCycle"}
     for module, base in ((schedules, schedules.Schedule), (clipping, clipping.Clip)):
         classes = [getattr(module, name) for name in module.__all__ if inspect.isclass(getattr(module, name))]
         public = {cls.__name__ for cls in classes if issubclass(cls, base) and cls is not base} - made_by_methods

@@ -18,12 +18,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import CASES, RELATIVE, Case, agrees
-from test_schedules import ending, endless
+from schedule_cases import CASES, RELATIVE, agrees
+from test_schedules import composed, ending, endless
 
 from fusedlr.schedules import Schedule, Table
 from fusedlr.schedules import program as host
-from fusedlr.schedules.program import Kind, Packed, Row, pack, value
+from fusedlr.schedules.program import NUMBERS, Kind, Packed, Row, pack, value
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -57,16 +57,37 @@ def launch(packed: Packed, times: list[int]) -> np.ndarray:
     return out[:, :n].cpu().numpy()
 
 
+@triton.jit
+def evaluate_pairs(rows_ptr, values_ptr, first_ptr, count_ptr, t_ptr, out_ptr, max_rows, LANES: tl.constexpr):
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    first, count, t = tl.load(first_ptr + lane), tl.load(count_ptr + lane), tl.load(t_ptr + lane)
+    tl.store(out_ptr + lane, schedule_value(rows_ptr, values_ptr, first, count, t, max_rows))
+
+
 def test_all_schedules_in_one_launch_are_exact() -> None:
-    times = sorted({t for case in CASES for t in case.times})
-    got = launch(pack([case.schedule.rows(case.base) for case in CASES]), times)
-
-    def wrong(i: int, case: Case) -> list[tuple[int, float]]:
-        return [(t, got[times.index(t), i]) for t in case.times if not agrees(got[times.index(t), i], case.exact(t))]
-
-    failures = {repr(case.schedule): found for i, case in enumerate(CASES) if (found := wrong(i, case))}
+    packed = pack([case.schedule.rows(case.base) for case in CASES])
+    pairs = [(i, t) for i, case in enumerate(CASES) for t in case.times]
+    lanes = 256
+    which = np.array([i for i, _ in pairs] + [0] * (-len(pairs) % lanes))
+    times = np.array([t for _, t in pairs] + [0] * (-len(pairs) % lanes), dtype=np.int64)
+    arrays = (packed.rows, packed.values, packed.first[which], packed.count[which], times)
+    out = torch.full((len(which),), math.nan, dtype=torch.float64, device=DEVICE)
+    evaluate_pairs[(len(which) // lanes,)](
+        *(torch.from_numpy(array).to(DEVICE) for array in arrays),
+        out, int(packed.count.max()), LANES=lanes, enable_fp_fusion=False,
+    )  # fmt: skip
+    failures = [
+        (repr(CASES[i].schedule), t, got)
+        for (i, t), got in zip(pairs, out.tolist(), strict=False)
+        if not agrees(got, CASES[i].exact(t))
+    ]
     assert not failures
-    # And at the steps that matter to other cases: the host, whose own exactness test_schedules.py holds.
+
+
+def test_one_clock_for_all_schedules() -> None:
+    """As a step evaluates them: all programs at one t; the host's own exactness test_schedules.py holds."""
+    times = [0, 7, 100, 10**9]
+    got = launch(pack([case.schedule.rows(case.base) for case in CASES]), times)
     expected = np.array([[case.schedule(t, case.base) for case in CASES] for t in times])
     np.testing.assert_allclose(got, expected, rtol=RELATIVE, atol=1e-290)
 
@@ -74,7 +95,7 @@ def test_all_schedules_in_one_launch_are_exact() -> None:
 @settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.lists(ending(), min_size=1, max_size=3), min_size=1, max_size=4),
-    st.one_of(ending(), endless()),
+    st.one_of(ending(), endless(), composed()),
     st.lists(st.integers(0, 200) | st.integers(0, 2**31 - 1), min_size=1, max_size=3),
 )
 def test_random_programs_side_by_side(chains: list[list[Schedule]], last: Schedule, times: list[int]) -> None:
@@ -97,7 +118,7 @@ def test_lanes_without_a_program_are_zero_and_read_nothing() -> None:
     packed = pack([CASES[0].schedule.rows(1.0), [], CASES[0].schedule.rows(2.0), []])
     packed.first[packed.count == 0] = 2**40  # whoever reads there crashes
     assert launch(packed, [0, 5]).tolist() == [[0.3, 0.0, 0.6, 0.0]] * 2
-    nothing = Packed(packed.rows[:0], packed.values, packed.first, packed.count * 0)
+    nothing = Packed(packed.rows[:0], packed.values, packed.first, packed.count * 0, packed.live)
     assert launch(nothing, [7]).tolist() == [[0.0] * 4]
 
 
@@ -108,16 +129,34 @@ def test_rows_beyond_a_program_are_not_read_as_its_own() -> None:
     assert launch(packed, [0, 3, 100]).tolist() == [[1.0, 2.0, 1.0], [1.0, 5.0, 1.0], [1.0, 6.0, 1.0]]
 
 
-def test_fractional_starts_and_lengths() -> None:
-    # No schedule of today emits them, but rows may hold them: torch's OneCycleLR has fractional phases.
+def test_factors_that_begin_late_and_clocks_that_go_slower() -> None:
     rows = [
-        Row(0, 32.633, 0, Kind.COSINE, 0.004, 0.1),
-        Row(32.633, 67.367, 0, Kind.COSINE, 0.1, 4e-7),
-        Row(100.5, 0.5, 0, Kind.LINEAR, 4e-7, 0.0),
+        Row(0, 10, 0, Kind.LINEAR, 0.0, 1.0),
+        Row(10, math.inf, 0, Kind.CONST, 1.0),
+        Row(4, math.inf, 0, Kind.CONST, 0.5, factor=1),
+        Row(6, 2.5, 0.25, Kind.COSINE, 1.0, 0.1, stride=3, factor=2),
+        Row(8, math.inf, 0, Kind.CONST, 0.25, factor=1),
     ]
-    times = [0, 32, 33, 99, 100, 101, 1_000]
-    expected = [value(rows, t) for t in times]
-    np.testing.assert_allclose(launch(pack([rows]), times)[:, 0], expected, rtol=RELATIVE, atol=0)
+    single = [Row(0, math.inf, 0, Kind.CONST, 7.0)]
+    times = [*range(20), 1_000]
+    got = launch(pack([single, rows, []]), times)
+    np.testing.assert_allclose(got[:, 1], [value(rows, t) for t in times], rtol=RELATIVE, atol=0)
+    assert got[4, 1] == 0.4 * 0.5
+    assert got[:, 0].tolist() == [7.0] * len(times)
+    assert got[:, 2].tolist() == [0.0] * len(times)
+
+
+def test_a_live_number_may_change_between_steps() -> None:
+    rows = [Row(0, 4, 0, Kind.LINEAR, 1.0, 0.0), Row(0, math.inf, 0, Kind.LIVE, 2.0, 0.25, factor=1, values=(0.5,))]
+    packed = pack([Table([0.5]).rows(1.0), rows, rows])
+    # Equal tables are shared, live numbers never: each program has its own.
+    assert packed.values.tolist() == [0.5, 0.5, 0.5]
+    assert packed.live.tolist() == [1, 2]
+    assert launch(packed, [1]).tolist() == [[0.5, 0.75, 0.75]]
+    packed.values[packed.live[0]] = 0.0
+    assert launch(packed, [1]).tolist() == [[0.5, 0.75 * 0.25, 0.75]]
+    rows[1] = rows[1]._replace(values=(0.0,))
+    assert value(rows, 1) == 0.75 * 0.25
 
 
 def names(function: Any) -> list[str]:
@@ -135,7 +174,8 @@ def test_the_device_knows_no_other_kinds_and_the_same_rows() -> None:
     assert codes == {kind.name for kind in Kind} | {"ROW_WIDTH", "HALF_PI"}
     assert device_code.ROW_WIDTH.value == pack([[Row(0, math.inf, 0, Kind.CONST, 1.0)]]).rows.shape[1]
     assert device_code.HALF_PI.value == 0.5 * math.pi
-    assert Row._fields[:9] == ("start", "length", "offset", "kind", "a", "b", "p0", "p1", "p2")
+    assert Row._fields[:-1] == NUMBERS
+    assert NUMBERS == ("start", "length", "offset", "kind", "a", "b", "p0", "p1", "p2", "stride", "factor")
 
 
 COMPILE = """

@@ -5,6 +5,8 @@ A schedule is a value: ``schedule(t, base_lr)`` evaluates it on the host, ``a.th
 """
 
 from .base import Chain, ForSteps, Schedule
+from .compose import PerEpoch, Product, per_epoch, product
+from .cycles import CosineRestarts, Cyclic, MomentumCycle, OneCycle
 from .decays import (
     ExponentialDecay,
     InverseTimeDecay,
@@ -15,28 +17,44 @@ from .decays import (
     StepDecay,
 )
 from .program import Kind, Packed, Row, pack, value
-from .ramps import Constant, Cosine, Linear, Polynomial, Table, Warmup
+from .ramps import Constant, Cosine, Linear, Polynomial, Warmup
+from .tables import Lambda, Table
+from .torch_schedulers import from_torch
+from .warmups import WSD, InverseSqrt, Noam
 
 __all__ = [
+    "WSD",
     "Chain",
     "Constant",
     "Cosine",
+    "CosineRestarts",
+    "Cyclic",
     "ExponentialDecay",
     "ForSteps",
+    "InverseSqrt",
     "InverseTimeDecay",
     "Kind",
+    "Lambda",
     "Linear",
     "LinearDecay",
+    "MomentumCycle",
     "MultiStepDecay",
+    "Noam",
+    "OneCycle",
     "Packed",
+    "PerEpoch",
     "Polynomial",
     "PowerDecay",
+    "Product",
     "Row",
     "Schedule",
     "SqrtDecay",
     "StepDecay",
     "Table",
     "Warmup",
+    "from_torch",
     "pack",
+    "per_epoch",
+    "product",
     "value",
 ]

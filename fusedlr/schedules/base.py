@@ -9,12 +9,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, final
 
 from . import checks
-from .program import Kind, Row, value
+from .program import Kind, Row, factors, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Chain", "ForSteps", "Schedule", "store"]
+__all__ = ["Chain", "ForSteps", "Schedule", "shorten", "store"]
 
 # A picture of this many points is as sharp as a screen; a schedule of 1e9 steps is sampled.
 _POINTS = 4096
@@ -24,6 +24,12 @@ def store(schedule: Schedule, **checked: Any) -> None:
     """Put checked arguments into a frozen schedule: numpy's numbers become Python's, so that equal means equal."""
     for name, argument in checked.items():
         object.__setattr__(schedule, name, argument)
+
+
+def shorten(text: str, width: int) -> str:
+    """The text, its middle left out where it is longer than ``width``: a table may print as a million numbers."""
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
 
 
 class Schedule(ABC):
@@ -102,6 +108,14 @@ class Schedule(ABC):
         """
         return ForSteps(self, steps)
 
+    def momentum_schedule(self) -> Schedule | None:
+        """What cycles the momentum (or beta1) along with this learning rate; None where nothing does.
+
+        ``OneCycle`` and ``Cyclic`` have one when made with ``cycle_momentum=True``, and so has what is composed of
+        them; elsewhere the momentum keeps its base. An optimizer applies it by itself.
+        """
+        return None
+
     def plot(self, steps: int, base_lr: float = 1.0) -> Axes:
         """Draw the first ``steps`` values with matplotlib and return the axes.
 
@@ -126,7 +140,7 @@ class Schedule(ABC):
         times = [last * i // points for i in range(points + 1)] if points else [0]
         _, axes = pyplot.subplots()
         axes.plot(times, [value(rows, t) for t in times])
-        axes.set(title=repr(self), xlabel="step", ylabel="value")
+        axes.set(title=shorten(repr(self), 100), xlabel="step", ylabel="value")
         return axes
 
     def __repr__(self) -> str:
@@ -180,13 +194,28 @@ class Chain(Schedule):
 
     def _rows(self, base_lr: float) -> list[Row]:
         rows: list[Row] = []
-        start = 0
-        for part in self.parts[:-1]:
-            length = part.length or 0  # never None: __post_init__ saw to it
+        start = used = 0
+        for i, part in enumerate(self.parts, start=1):
+            own = part._rows(base_lr)
+            width = factors(own)
             # A row from a part's end on only holds its last value, and there the next part begins.
-            rows += [row._replace(start=start + row.start) for row in part._rows(base_lr) if row.start < length]
-            start += length
-        return rows + [row._replace(start=start + row.start) for row in self.parts[-1]._rows(base_lr)]
+            end = math.inf if i == len(self.parts) or part.length is None else part.length
+            rows += [row._replace(start=start + row.start) for row in own if row.start < end]
+            # The factors of earlier parts that this one does not have end here.
+            rows += [Row(start, math.inf, 0, Kind.CONST, 1.0, factor=factor) for factor in range(width, used)]
+            start, used = start + (part.length or 0), max(used, width)
+        return rows
+
+    def momentum_schedule(self) -> Schedule | None:
+        """The parts' momentum cycles one after the other; the base for a part that has none."""
+        cycles = [part.momentum_schedule() for part in self.parts]
+        if not any(cycles):
+            return None
+        # Imported here, as constants are built on this module.
+        from .ramps import Constant
+
+        pairs = zip(cycles, self.parts, strict=True)
+        return Chain(tuple(cycle or Constant(steps=part.length) for cycle, part in pairs))
 
     def __repr__(self) -> str:
         """The parts joined by ``then``."""
@@ -211,8 +240,7 @@ class ForSteps(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"schedule must be a schedule, but got {self.schedule!r} ({type(self.schedule).__name__})")
+        checks.schedule("schedule", self.schedule)
         store(self, steps=checks.steps("steps", self.steps))
 
     @property
@@ -222,8 +250,17 @@ class ForSteps(Schedule):
 
     def _rows(self, base_lr: float) -> list[Row]:
         rows = self.schedule._rows(base_lr)
-        held = Row(self.steps, math.inf, 0, Kind.CONST, value(rows, self.steps))
-        return [row for row in rows if row.start < self.steps] + [held]
+        last = value(rows, self.steps)
+        held = [
+            Row(self.steps, math.inf, 0, Kind.CONST, 1.0 if factor else last, factor=factor)
+            for factor in range(factors(rows))
+        ]
+        return [row for row in rows if row.start < self.steps] + held
+
+    def momentum_schedule(self) -> Schedule | None:
+        """The momentum cycle of the schedule for as many steps."""
+        cycle = self.schedule.momentum_schedule()
+        return cycle and cycle.for_steps(self.steps)
 
     def __repr__(self) -> str:
         """The schedule with ``for_steps``; calls are read from left to right, so a chain needs no brackets."""

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["choice", "flag", "minimum", "number", "steps", "whole"]
+if TYPE_CHECKING:
+    from .base import Schedule
+
+__all__ = ["choice", "flag", "minimum", "number", "schedule", "steps", "whole"]
 
 # Beyond this float64 no longer holds every integer.
 _LONGEST = 2**53
 
 
-def number(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> float:
-    """``value`` as a float in [low, below)."""
+def number(
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    below: float = math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+) -> float:
+    """``value`` as a finite float in [low, high] and in (above, below)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, but got {value!r} ({type(value).__name__})")
     try:
         result = float(value)
     except OverflowError:
         result = math.inf
-    if not math.isfinite(result) or not low <= result < below:
-        bounds = [f" >= {low:g}"] * math.isfinite(low) + [f" < {below:g}"] * math.isfinite(below)
+    if not math.isfinite(result) or not (low <= result <= high and above < result < below):
+        lowest = f" > {above:g}" if above >= low else f" >= {low:g}"
+        bounds = [lowest] * math.isfinite(max(low, above))
+        bounds += [f" <= {high:g}"] * math.isfinite(high) + [f" < {below:g}"] * math.isfinite(below)
         raise ValueError(f"{name} must be a finite number{' and'.join(bounds)}, but got {value!r}")
     return result
 
@@ -52,6 +64,15 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     """``value`` if it is one of ``allowed``."""
     if isinstance(value, bool) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
+    return value
+
+
+def schedule(name: str, value: Any) -> Schedule:
+    """``value`` if it is a schedule."""
+    from .base import Schedule
+
+    if not isinstance(value, Schedule):
+        raise TypeError(f"{name} must be a schedule, but got {value!r} ({type(value).__name__})")
     return value
 
 

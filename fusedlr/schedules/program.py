@@ -4,6 +4,9 @@ The formulas are written so that none of them loses digits: what remains of a ra
 ``length - u - offset`` and never as ``1 - p``; a cosine is a sine squared; powers are exponentials of logarithms taken
 without cancellation; staircases divide integers. ``kernels/schedules.py`` evaluates the same rows on a device: each
 formula here has a twin there with the same name, argument names and argument order.
+
+A program is a product of *factors*, and each factor is a sequence of rows, of which one is in force at a time. So every
+composition is more rows: a chain moves ``start``, another clock is a larger ``stride``, a product adds factors.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Kind", "Packed", "Row", "pack", "value"]
+__all__ = ["NUMBERS", "Kind", "Packed", "Row", "factors", "pack", "value"]
 
 
 class Kind(IntEnum):
@@ -34,17 +37,22 @@ class Kind(IntEnum):
     INVPOW = 8
     TABLE = 9
     COSINE_PERIODIC = 10
+    ROOT = 11
+    RESTARTS = 12
+    TRIANGLE = 13
+    LIVE = 14
 
 
 class Row(NamedTuple):
-    """One stretch of a schedule: in force from step ``start`` until the next row starts.
+    """One stretch of one factor of a schedule: in force from step ``start`` until the factor's next row starts.
 
-    Within a row, ``u = t - start`` and, for the ramps, ``n = u + offset``, ``p = clamp(n/length, 0, 1)`` and
-    ``q = clamp((length - n)/length, 0, 1)``. ``length`` is infinite where a formula has none. ``a``, ``b`` and ``p0``
-    to ``p2`` mean what the kind's formula says. ``values`` holds the numbers of a TABLE row, beginning at index ``p2``.
+    Within a row, ``u = (t - start)//stride`` and, for the ramps, ``n = u + offset``, ``p = clamp(n/length, 0, 1)`` and
+    ``q = clamp((length - n)/length, 0, 1)``. ``start`` and ``stride`` are whole; ``offset`` and ``length`` may be
+    fractional, and ``length`` is infinite where a formula has none. ``a``, ``b`` and ``p0`` to ``p2`` mean what the
+    kind's formula says. ``values`` holds the numbers of a TABLE or LIVE row, beginning at index ``p2``.
     """
 
-    start: float
+    start: int
     length: float
     offset: float
     kind: Kind
@@ -53,7 +61,13 @@ class Row(NamedTuple):
     p0: float = 0.0
     p1: float = 0.0
     p2: float = 0.0
+    stride: int = 1
+    factor: int = 0
     values: tuple[float, ...] = ()
+
+
+# What travels to a device: every field but the values, which are gathered in one table.
+NUMBERS = Row._fields[:-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +75,13 @@ class Packed:
     """Programs as arrays: program i is ``rows[first[i] : first[i] + count[i]]``."""
 
     rows: NDArray[np.float64]
-    """[n, 9], the numbers of each ``Row`` in the order of its fields."""
+    """[n, 11], the numbers of each ``Row`` in the order of its fields; the rows of a program are ordered by factor."""
     values: NDArray[np.float64]
-    """The numbers of all tables; ``p2`` of a TABLE row is where its own begin."""
+    """The numbers of all tables; ``p2`` of a TABLE or LIVE row is where its own begin."""
     first: NDArray[np.int64]
     count: NDArray[np.int64]
+    live: NDArray[np.int64]
+    """Where in ``values`` the number of each LIVE row is, in the order of the rows: what may change between steps."""
 
 
 def const(a: float) -> float:
@@ -138,34 +154,79 @@ def cosine_periodic(n: int, length: float, a: float, b: float) -> float:
     return cosine(folded / length, (length - folded) / length, a, b)
 
 
-def value(rows: Sequence[Row], t: float) -> float:
-    """What a program gives at step t >= 0: its last row with ``start <= t``, evaluated in float64.
+def root(p: float, q: float, a: float, b: float) -> float:
+    """From a to b as 1 - sqrt(p), taken as (1 - p)/(1 + sqrt(p))."""
+    w = math.sqrt(p)
+    return a * (q / (1.0 + w)) + b * w
+
+
+def restarts(u: int, length: float, a: float, b: float, c: float) -> float:
+    """Half cosine waves of ``length`` steps down to b; wave i begins at b + (a - b)*exp(c*i), c <= 0."""
+    i, r = divmod(u, int(length))
+    d = math.exp(c * i)
+    return cosine(r / length, (length - r) / length, a * d + b * (1.0 - d), b)
+
+
+def triangle(u: int, length: float, a: float, b: float, up: float, c: float, every: float) -> float:
+    """a + (b - a)*h*exp(c*(u//every)); h rises from 0 to 1 in ``up`` steps and falls in the rest of ``length``."""
+    r = u % int(length)
+    down = length - up
+    h = r / up if r < up else (length - r) / down
+    g = (up - r) / up if r < up else (r - up) / down
+    d = math.exp(c * (u // int(every)))
+    return a * (g * d + (1.0 - d)) + b * (h * d)
+
+
+def live(a: float, b: float, first: float, values: Sequence[float]) -> float:
+    """a times a number that somebody else changes between steps, not below b."""
+    return max(a * values[int(first)], b)
+
+
+def factors(rows: Sequence[Row]) -> int:
+    """The number of factors of a program."""
+    return max(row.factor for row in rows) + 1
+
+
+def value(rows: Sequence[Row], t: int) -> float:
+    """What a program gives at step t >= 0: the product over its factors of the last row with ``start <= t``.
+
+    A factor that has not begun is 1.
 
     Example:
         >>> value([Row(0, 10, 0, Kind.LINEAR, 0.0, 1.0), Row(10, math.inf, 0, Kind.CONST, 1.0)], 4)
         0.4
     """
-    row = rows[0]
-    for candidate in rows:
-        if candidate.start <= t:
-            row = candidate
-    _, length, offset, kind, a, b, p0, p1, p2, values = row
-    u = t - row.start
+    result = 1.0
+    for row in {row.factor: row for row in rows if row.start <= t}.values():
+        result *= _row_value(row, t)
+    return result
+
+
+def _row_value(row: Row, t: int) -> float:
+    """A row in force at step t, evaluated in float64."""
+    start, length, offset, kind, a, b, p0, p1, p2, stride, _, values = row
+    u = (t - start) // stride
     n = u + offset
     if kind == Kind.CONST:
         return const(a)
     if kind == Kind.GEO:
         return geo(u, a, b, p0, p1)
     if kind == Kind.STEP:
-        return step(int(u), a, b, p0, p1)
+        return step(u, a, b, p0, p1)
     if kind == Kind.SLOPE:
         return slope(u, a, b, p0, p1, p2)
     if kind == Kind.INVPOW:
         return invpow(u, a, p0, p1)
     if kind == Kind.TABLE:
-        return table(int(u), length, a, p0, p1, p2, values)
+        return table(u, length, a, p0, p1, p2, values)
     if kind == Kind.COSINE_PERIODIC:
         return cosine_periodic(int(n), length, a, b)
+    if kind == Kind.RESTARTS:
+        return restarts(u, length, a, b, p0)
+    if kind == Kind.TRIANGLE:
+        return triangle(u, length, a, b, p0, p1, p2)
+    if kind == Kind.LIVE:
+        return live(a, b, p2, values)
     if kind == Kind.LOG_RAMP:
         return log_ramp(min(n, length), length, a, b)
     p = min(n / length, 1.0)
@@ -174,6 +235,8 @@ def value(rows: Sequence[Row], t: float) -> float:
         return linear(p, q, a, b)
     if kind == Kind.COSINE:
         return cosine(p, q, a, b)
+    if kind == Kind.ROOT:
+        return root(p, q, a, b)
     return poly(q, a, b, p0)
 
 
@@ -194,6 +257,8 @@ def split_rate(rate: float) -> tuple[float, float, float]:
 def pack(programs: Sequence[Sequence[Row]]) -> Packed:
     """The table of several programs that a device evaluates; equal value tables are stored once.
 
+    The number of a LIVE row is never shared, so that each can change by itself.
+
     Args:
         programs: one program each; an empty one gives a count of 0.
 
@@ -203,25 +268,35 @@ def pack(programs: Sequence[Sequence[Row]]) -> Packed:
     Example:
         >>> packed = pack([[Row(0, math.inf, 0, Kind.CONST, 0.5)], []])
         >>> packed.rows.shape, packed.first.tolist(), packed.count.tolist()
-        ((1, 9), [0, 1], [1, 0])
+        ((1, 11), [0, 1], [1, 0])
     """
     rows: list[tuple[float, ...]] = []
     first: list[int] = []
     values: list[float] = []
+    live_places: list[int] = []
     places: dict[tuple[float, ...], int] = {}
     for program in programs:
         if program and program[0].start != 0:
             raise ValueError(f"a program must start at step 0, but its first row starts at {program[0].start}")
         first.append(len(rows))
-        for row in program:
-            if row.values and row.values not in places:
-                places[row.values] = len(values)
+        # A device reads the number of factors from the last row.
+        for row in sorted(program, key=lambda row: row.factor):
+            place = row.p2
+            if row.kind == Kind.LIVE or (row.values and row.values not in places):
+                place = len(values)
                 values.extend(row.values)
-            moved = row._replace(p2=places[row.values]) if row.values else row
-            rows.append(tuple(float(number) for number in moved[:9]))
+                if row.kind == Kind.LIVE:
+                    live_places.append(place)
+                else:
+                    places[row.values] = place
+            elif row.values:
+                place = places[row.values]
+            moved = row._replace(p2=place)
+            rows.append(tuple(float(getattr(moved, name)) for name in NUMBERS))
     return Packed(
-        np.array(rows, dtype=np.float64).reshape(len(rows), 9),
+        np.array(rows, dtype=np.float64).reshape(len(rows), len(NUMBERS)),
         np.array(values, dtype=np.float64),
         np.array(first, dtype=np.int64),
         np.array([len(program) for program in programs], dtype=np.int64),
+        np.array(live_places, dtype=np.int64),
     )

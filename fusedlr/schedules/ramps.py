@@ -1,9 +1,8 @@
-"""Schedules over a given number of steps: ramps, warm-ups, tables and constants."""
+"""Schedules over a given number of steps: ramps, warm-ups and constants."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -11,7 +10,7 @@ from . import checks
 from .base import Schedule, store
 from .program import Kind, Row
 
-__all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Table", "Warmup"]
+__all__ = ["Constant", "Cosine", "Linear", "Polynomial", "Warmup"]
 
 _SHAPES = {"linear": Kind.LINEAR, "cosine": Kind.COSINE, "log": Kind.LOG_RAMP}
 
@@ -114,7 +113,7 @@ class Polynomial(Schedule):
     """Down to a minimum as a power of what remains: ``min_lr + (base_lr - min_lr) * (1 - p)**power``.
 
     ``p = min(t/total_steps, 1)``. torch's ``PolynomialLR`` has no minimum; Keras' and HF's do. With ``power = 0`` the
-    value is the base throughout, since 0**0 is 1; torch agrees.
+    value is the base throughout, since ``0**0`` is 1; torch agrees.
 
     Args:
         total_steps: steps from the base to the minimum, at least 1.
@@ -255,55 +254,3 @@ class Warmup(Schedule):
 
     def _rows(self, base_lr: float) -> list[Row]:
         return _ramp(_SHAPES[self.shape], self.steps, base_lr * self.start_factor, base_lr, self.offset)
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class Table(Schedule):
-    """A list of multiples of the base: ``base_lr * values[t // every]``, the last one held.
-
-    With ``interpolate`` the multiple runs in straight lines through ``values[i]`` at ``t = i*every``.
-
-    Args:
-        values: the multiples, finite numbers >= 0, at least one; a list, an array or a 1-d tensor.
-        every: steps from one value to the next, at least 1.
-        interpolate: straight lines between the values instead of stairs.
-
-    Raises:
-        TypeError, ValueError: an argument outside its range.
-
-    Source:
-        DINO's per-iteration schedules; ``optax.linear_interpolate`` style tables with equal distances.
-
-    Example:
-        >>> [Table([1.0, 0.5], every=2)(t, 1.0) for t in range(5)]
-        [1.0, 1.0, 0.5, 0.5, 0.5]
-        >>> [Table([1.0, 0.5], every=2, interpolate=True)(t, 1.0) for t in range(5)]
-        [1.0, 0.75, 0.5, 0.5, 0.5]
-    """
-
-    values: Iterable[float]
-    every: int = 1
-    interpolate: bool = False
-
-    def __post_init__(self) -> None:
-        tolist = getattr(self.values, "tolist", None)
-        try:
-            given = tuple(tolist() if tolist is not None else self.values)
-        except TypeError:
-            raise TypeError(f"values must be a sequence of numbers, but got {self.values!r}") from None
-        values = tuple(checks.number(f"values[{i}]", multiple) for i, multiple in enumerate(given))
-        if not values:
-            raise ValueError(f"values must hold at least one number, but got {self.values!r}")
-        every = checks.steps("every", self.every)
-        checks.steps("len(values)*every", len(values) * every)
-        store(self, values=values, every=every, interpolate=checks.flag("interpolate", self.interpolate))
-
-    @property
-    def length(self) -> int:
-        """``len(values) * every``."""
-        return len(tuple(self.values)) * self.every
-
-    def _rows(self, base_lr: float) -> list[Row]:
-        values = tuple(self.values)
-        return [Row(0, self.length, 0, Kind.TABLE, base_lr, 0.0, float(self.interpolate), self.every, 0, values)]

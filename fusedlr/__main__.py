@@ -1,0 +1,108 @@
+"""The command line: what is installed, and pictures of schedules.
+
+    python -m fusedlr info
+    python -m fusedlr plot 'Warmup(100).then(Cosine(900))' --steps 1000 --out lr.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import inspect
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import fusedlr
+from fusedlr import clipping, schedules
+
+from .backends import choose_backend, interpreting, triton_missing
+from .schedules.expression import parse
+
+__all__ = ["main"]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    found = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
+    for kind in (torch.cuda, torch.xpu):
+        if kind.is_available():
+            name = kind.__name__.rpartition(".")[2]
+            found += [f"{name}:{i}: {kind.get_device_name(i)}" for i in range(kind.device_count())]
+    return found
+
+
+def info() -> str:
+    """Versions, backends, devices and public names, a line each."""
+    versions = {name: _version(name) for name in ("torch", "triton", "numpy", "matplotlib")}
+    missing = triton_missing()
+    triton = missing or ("its interpreter, on CPU tensors" if interpreting() else "compiled, on GPU tensors")
+    lines = [
+        f"fusedlr: {fusedlr.__version__}",
+        f"python: {platform.python_version()} on {platform.platform()}",
+        *(f"{name}: {version}" for name, version in versions.items()),
+        "backend torch: yes",
+        f"backend triton: {triton}",
+        f"backend auto: {choose_backend('auto').explain([device.split(':')[0] for device in _devices()])}",
+        *(f"device {device}" for device in _devices()),
+        f"optimizers: {', '.join(name for name in fusedlr.__all__ if inspect.isclass(getattr(fusedlr, name)))}",
+        f"schedules: {', '.join(schedules.__all__)}",
+        f"clipping: {', '.join(clipping.__all__)}",
+    ]
+    return "\n".join(lines)
+
+
+def plot(expression: str, steps: int | None, out: Path, base_lr: float, log: bool) -> None:
+    """Draw the schedule that an expression describes into a file."""
+    schedule = parse(expression)
+    try:
+        import matplotlib
+    except ImportError:
+        pass  # schedule.plot says what to install
+    else:
+        matplotlib.use("Agg")  # a file needs no screen
+    axes = schedule.plot(steps if steps is not None else schedule.length or 1_000, base_lr)
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    from matplotlib import pyplot
+
+    pyplot.savefig(out, dpi=150, bbox_inches="tight")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; errors in what was typed go to stderr and give exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m fusedlr", description=fusedlr.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, backends, devices and public names")
+    drawing = commands.add_parser(
+        "plot", help="draw a schedule", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    drawing.add_argument("expression", help="such as 'Warmup(100).then(Cosine(900))'")
+    drawing.add_argument("--steps", type=int, help="steps to draw; the schedule's length, or 1000 where it has none")
+    drawing.add_argument("--out", type=Path, default=Path("lr.png"), help="the picture; its suffix is the format")
+    drawing.add_argument("--base-lr", type=float, default=1.0, help="the base of the schedule")
+    drawing.add_argument("--log", action="store_true", help="logarithmic values")
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(info())
+        return 0
+    try:
+        plot(args.expression, args.steps, args.out, args.base_lr, args.log)
+    except (TypeError, ValueError, OSError, ImportError) as error:
+        print(f"python -m fusedlr plot: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
