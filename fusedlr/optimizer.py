@@ -34,8 +34,8 @@ _NONFINITE = ("propagate", "skip", "raise")
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of all optimizers: param groups, schedules, clipping, flat state and the step.
 
-    A subclass names the class of torch.optim whose arguments and validation it has (``_namesake``) and the rule of a
-    param group (``_rule``).
+    A subclass names the class of torch.optim whose arguments and validation it has (``_namesake``), or validates its
+    arguments itself (``_validated``), and the rule of a param group (``_rule``).
     """
 
     _namesake: ClassVar[type[torch.optim.Optimizer]]
@@ -91,10 +91,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _validated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """torch's own defaults for these arguments: its constructor raises exactly what torch.optim raises."""
+        """torch's own defaults for these arguments: its constructor raises exactly what torch.optim raises.
+
+        An argument that the installed torch does not have yet is kept as it is.
+        """
         accepted = inspect.signature(cls._namesake).parameters
         oracle = cls._namesake([torch.zeros(1)], **{k: v for k, v in values.items() if k in accepted})
-        return dict(oracle.defaults)
+        return {**values, **oracle.defaults}
 
     # ---- what a user reads -------------------------------------------------------------------------------------
 
@@ -416,7 +419,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.check(self, state_dict)
         groups = self.param_groups
         super().load_state_dict(state_dict)
-        checkpoint.restore(self, groups)
+        checkpoint.restore(self, groups, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **checkpoint.own_state(self)}

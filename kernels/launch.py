@@ -86,6 +86,7 @@ def decide_constants(
         "LAST": last,
         "SCALARS": n_row_scalars,
         "FIELDS": n_fields,
+        "CARRIED": rules.CARRIED.get(row_name, 0),
         "WIDE": wide(dtype),
         "LANES": LANES,
     }

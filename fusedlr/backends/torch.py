@@ -146,8 +146,9 @@ class HostExecutor(Executor):
             stop = batch.first + len(batch.leaves)
             batch.ordered = bool(self._ordered) and all(self._ordered[batch.first : stop])
 
-    def _steps(self) -> dict[int, list[float]]:
-        return {id(bank): bank.steps.tolist() for bank in self._banks}
+    def _steps(self) -> dict[int, list[tuple[float, ...]]]:
+        """The numbers of the leaves, bank by bank: steps taken, and what the rule carries."""
+        return {id(bank): list(map(tuple, bank.numbers.tolist())) for bank in self._banks}
 
     # ---- measure and decide ------------------------------------------------------------------------------------
 
@@ -217,13 +218,14 @@ class HostExecutor(Executor):
             span.add_(1)
         limit = knobs.clip_numbers[2]
         scalars = [{k: float(v) for k, v in values.items()} for values in knobs.scalars]
-        rows: dict[tuple[int, float], Any] = {}
+        rows: dict[tuple[float, ...], Any] = {}
         calls = _Calls(self._rules, scalars, knobs.maximize, limit, self._scratch)
         position = 0
         for i, batch in enumerate(self._batches):
             leaf = batch.leaves[0]
             rule, group = self._rules[leaf.group], leaf.group
-            step = steps[id(leaf.bank)][leaf.bank_index] + 1
+            taken, *carried = steps[id(leaf.bank)][leaf.bank_index]
+            step = taken + 1
             factors = self._factors_of(position, len(batch.leaves))
             position += len(batch.leaves)
             g = self._kept.pop(i, None)
@@ -239,8 +241,13 @@ class HostExecutor(Executor):
             dense = None if batch.param is not None else in_order(leaf.param.detach(), leaf)
             chunks = batch.chunks if dense is None else split(dense, batch.slots)
             aten = rule.aten is not None and leaf.dtype in (torch.float32, torch.float64)
-            if not aten and (group, step) not in rows:
-                rows[group, step] = rule.row(step, **scalars[group])
+            key = (group, step, *carried)
+            if not aten and key not in rows:
+                rows[key] = rule.row(step, *carried, **scalars[group])
+            if carried:
+                assert leaf.bank is not None and not aten
+                mine = slice(leaf.bank_index, leaf.bank_index + len(batch.leaves))
+                leaf.bank.numbers[mine, 1:] = torch.tensor(rows[key][: len(carried)], dtype=torch.float32)
             if aten:
                 clipped = factors[0] != 1.0 or limit != math.inf
                 if not clipped and dense is None:
@@ -249,7 +256,7 @@ class HostExecutor(Executor):
                     for (p, slots), gc in zip(chunks, pieces(g), strict=True):
                         calls.add(leaf, step, p, gc, slots, factors[0])
             else:
-                h = rows[group, step]
+                h = rows[key]
                 for (p, slots), gc in zip(chunks, pieces(g), strict=True):
                     new = reference_update(rule, p, gc, slots, h, factors[0], limit, knobs.maximize[group])
                     for old, value in zip((p, *slots), new, strict=True):
@@ -265,8 +272,8 @@ class HostExecutor(Executor):
             return [1.0]
         return self._factors if len(self._factors) == 1 else self._factors[position : position + count]
 
-    def _equal_steps(self, steps: dict[int, list[float]]) -> bool:
-        """Whether the leaves of every batch still have taken equally many steps."""
+    def _equal_steps(self, steps: dict[int, list[tuple[float, ...]]]) -> bool:
+        """Whether the leaves of every batch still have taken equally many steps, and carry the same."""
         return all(
             len({steps[id(leaf.bank)][leaf.bank_index] for leaf in batch.leaves}) == 1 for batch in self._batches
         )
@@ -345,7 +352,7 @@ class _Lists(NamedTuple):
     factors: list[float]
 
 
-def _continues(run: list[Leaf], leaf: Leaf, rules: list[Rule], steps: dict[int, list[float]]) -> bool:
+def _continues(run: list[Leaf], leaf: Leaf, rules: list[Rule], steps: dict[int, list[tuple[float, ...]]]) -> bool:
     """Whether a leaf lies next to the last of a run, in parameters and in state, and is stepped by the same numbers."""
     last = run[-1]
     if last.home is None or leaf.home is None or last.numel > SMALL or leaf.numel > SMALL:
