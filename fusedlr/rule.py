@@ -87,9 +87,9 @@ def averaged(avg: Tensor, x: Tensor, weight: Any) -> Tensor:
 
 def averaged_square(avg: Tensor, g: Tensor, decay: Any, weight: Any) -> Tensor:
     """``avg*decay + g*g*weight``."""
-    if isinstance(weight, Tensor):
-        return avg * decay + g * g * weight
     scaled: Tensor = avg * decay
+    if isinstance(weight, Tensor):
+        return scaled.add_(g * g * weight)
     return scaled.addcmul_(g, g, value=weight)
 
 

@@ -39,10 +39,10 @@ def test_every_public_class_has_an_example() -> None:
     made_by_methods = {"Chain", "ForSteps", "Schedule"}  # their examples stand at then() and for_steps()
     schedules = {name for name in fusedlr.schedules.__all__ if isinstance(getattr(fusedlr.schedules, name), type)}
     schedules = {name for name in schedules if issubclass(getattr(fusedlr.schedules, name), fusedlr.schedules.Schedule)}
-    public = [getattr(fusedlr, name) for name in ("SGD", "Adam", "AdamW")]
+    public = [getattr(fusedlr, name) for name in fusedlr.optimizers.__all__]
     public += [getattr(fusedlr.clipping, name) for name in ("GlobalNorm", "TensorNorm", "Value", "Normalize")]
     public += [getattr(fusedlr.schedules, name) for name in schedules - made_by_methods]
-    assert len(public) >= 3 + 4 + 13
+    assert len(public) >= 10 + 4 + 13
     assert [cls.__name__ for cls in public if ">>>" not in (cls.__doc__ or "")] == []
     assert ">>>" in (fusedlr.schedules.Schedule.then.__doc__ or "") + (fusedlr.schedules.Schedule.__doc__ or "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,30 @@ def adagrad(p: Tensor, g: Tensor, sum: Tensor, h: AdagradHyper) -> tuple[Tensor,
     return minus_ratio(p, g, denom, h.step_size), sum
 
 
-_ADAGRAD = Rule(adagrad, adagrad_row, AdagradHyper, ("lr", "lr_decay", "weight_decay", "eps"), ("sum",))
+def _aten_adagrad(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],
+    step: Tensor,
+    scalars: Mapping[str, Any],
+    maximize: bool,
+) -> None:
+    # torch 2.13's operator misreads an expanded gradient; here it gets gradients of one dimension without gaps.
+    torch._fused_adagrad_(
+        list(params),
+        list(grads),
+        list(state[0]),
+        [step] * len(params),
+        lr=scalars["lr"],
+        lr_decay=scalars["lr_decay"],
+        weight_decay=scalars["weight_decay"],
+        eps=scalars["eps"],
+        maximize=maximize,
+    )
+
+
+_SCALARS = ("lr", "lr_decay", "weight_decay", "eps")
+_ADAGRAD = Rule(adagrad, adagrad_row, AdagradHyper, _SCALARS, ("sum",), _aten_adagrad)
 
 
 @functools.cache

@@ -32,7 +32,8 @@ def lion_row(step: Any, lr: Any, beta1: Any, beta2: Any, weight_decay: Any) -> L
 
 def lion(p: Tensor, g: Tensor, exp_avg: Tensor, h: LionHyper) -> tuple[Tensor, ...]:
     """p*decay - lr*sign(beta1*exp_avg + (1-beta1)*g); then exp_avg moves by (1-beta2)*(g - exp_avg)."""
-    blend = minus(exp_avg * h.beta1, g, -h.one_minus_beta1)
+    # Each product is rounded, as in the kernel: a fused one could turn the sign where the two nearly cancel.
+    blend = (exp_avg * h.beta1).add_(g * h.one_minus_beta1)
     # torch.sign makes 0 of a NaN, and the weight would stand still from then on without anybody noticing.
     update = torch.where(blend.isnan(), blend, torch.sign(blend))
     return minus(p * h.decay, update, h.lr), averaged(exp_avg, g, h.one_minus_beta2)
