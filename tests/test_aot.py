@@ -107,7 +107,7 @@ def test_apply_moves_16_bytes_at_once(table: Table) -> None:
         assert kernel["loads_128"] // loads == kernel["stores_128"] // stores, kernel
 
 
-# Five arrays, or two roots, are alive at once: a multiprocessor holds seven of these blocks instead of eight. Held to 64
+# Five arrays, or two roots, are alive at once: a multiprocessor holds seven such blocks instead of eight. Held to 64
 # registers, the compiler spills 2 to 14 of them.
 WIDEST = ("rmsprop_centered_momentum", "adadelta")
 
