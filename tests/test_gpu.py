@@ -29,7 +29,8 @@ MAKERS: dict[str, Any] = {
     "adam-amsgrad": lambda cls, params, **kw: cls.Adam(params, lr=0.1, amsgrad=True, maximize=True, **kw),
     "adamw": lambda cls, params, **kw: cls.AdamW(params, lr=0.1, **kw),
     "adamw-amsgrad": lambda cls, params, **kw: cls.AdamW(params, lr=0.1, amsgrad=True, **kw),
-    "rmsprop": lambda cls, params, **kw: cls.RMSprop(params, lr=0.01, alpha=0.9, momentum=0.9, **kw),
+    # An eps above the root of the smallest float16: squares of small gradients have few digits there.
+    "rmsprop": lambda cls, params, **kw: cls.RMSprop(params, lr=0.01, eps=0.1, momentum=0.9, **kw),
     "adagrad": lambda cls, params, **kw: cls.Adagrad(params, lr=0.1, lr_decay=0.1, **kw),
     "adadelta": lambda cls, params, **kw: cls.Adadelta(params, lr=1.0, **kw),
     "adamax": lambda cls, params, **kw: cls.Adamax(params, lr=0.1, **kw),
