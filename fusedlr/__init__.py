@@ -2,7 +2,8 @@
 
 from . import clipping, schedules
 from .optimizer import FusedOptimizer
-from .optimizers import SGD, Adam, AdamW
+from .optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "__version__", "clipping", "schedules"]
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "FusedOptimizer", "Lion", "NAdam", "RAdam",
+           "RMSprop", "__version__", "clipping", "schedules"]  # fmt: skip
 __version__ = "0.1.0"

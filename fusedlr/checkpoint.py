@@ -67,7 +67,7 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
                 check_entry(leaf, state_dict["state"][key], rule)
 
 
-def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]]) -> None:
+def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
     """After torch's load_state_dict: own keys back, the clock, and the loaded state into the flat buffers."""
     saved: Mapping[str, Any] = {}
     for group, before in zip(optimizer.param_groups, groups_before, strict=True):
@@ -82,12 +82,25 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]]) -> N
         if marks is before[GROUP_KEY] and "lr" in group[GROUP_KEY]["written"]:
             # torch's checkpoint: its lr is the last one it used, not somebody's override.
             group[GROUP_KEY]["written"]["lr"] = float(group["lr"])
+    _uncast(optimizer, state_dict)
     _take_in(optimizer)
     optimizer._t = int(saved["t"]) if "t" in saved else _largest_step(optimizer)
     optimizer._skipped_before = int(saved.get("skipped_steps", 0))
     for clock in optimizer._clocks.values():
         clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
     optimizer._bind_groups()
+
+
+def _uncast(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """The numbers that tensors carry, as they were saved: torch's loader casts them to the parameter's dtype."""
+    leaves = iter(optimizer._leaves)
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        carried = optimizer._rule(group).carried
+        for key, leaf in zip(saved["params"], leaves, strict=False):
+            entry = state_dict["state"].get(key, {})
+            for name in carried:
+                if name in entry:
+                    optimizer.state[leaf.param][name] = entry[name]
 
 
 def _take_in(optimizer: FusedOptimizer) -> None:
@@ -100,7 +113,7 @@ def _take_in(optimizer: FusedOptimizer) -> None:
             adopt(leaf, entry)
             optimizer.state[leaf.param] = {**entry, **entry_views(leaf)}
         else:
-            leaf.bank, leaf.slots, leaf.step = None, (), None
+            leaf.drop_state()
             if entry:
                 new.append(leaf)
             else:

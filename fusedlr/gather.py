@@ -63,7 +63,8 @@ def comparison_with(grads: list[Tensor]) -> Comparison:
 
     torch.compile's guards compare thousands of tensors in C++ in the time that Python takes to ask each one question.
     """
-    sizes, strides = [list(g.shape) for g in grads], [list(g.stride()) for g in grads]
+    sizes: Any = [list(g.shape) for g in grads]
+    strides: Any = [list(g.stride()) for g in grads]
     try:
         from torch._C._dynamo.guards import TensorGuards
 

@@ -37,8 +37,8 @@ _grad = attrgetter("grad")
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of all optimizers: param groups, schedules, clipping, flat state and the step.
 
-    A subclass names the class of torch.optim whose arguments and validation it has (``_namesake``) and the rule of a
-    param group (``_rule``).
+    A subclass names the class of torch.optim whose arguments and validation it has (``_namesake``), or validates its
+    arguments itself (``_validated``), and the rule of a param group (``_rule``).
     """
 
     _namesake: ClassVar[type[torch.optim.Optimizer]]
@@ -95,10 +95,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _validated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """torch's own defaults for these arguments: its constructor raises exactly what torch.optim raises."""
+        """torch's own defaults for these arguments: its constructor raises exactly what torch.optim raises.
+
+        An argument that the installed torch does not have yet is kept as it is.
+        """
         accepted = inspect.signature(cls._namesake).parameters
         oracle = cls._namesake([torch.zeros(1)], **{k: v for k, v in values.items() if k in accepted})
-        return dict(oracle.defaults)
+        return {**values, **oracle.defaults}
 
     # ---- what a user reads -------------------------------------------------------------------------------------
 
@@ -237,7 +240,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: for a gradient that does not fit its parameter; nothing has changed then.
             FloatingPointError: with ``nonfinite="raise"``, for an inf or NaN; nothing has changed then.
         """
-        if torch.autograd._profiler_enabled() or any(
+        if torch._C._autograd._profiler_enabled() or any(
             (_global_pre_hooks, _global_post_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
         ):
             return _hooked_step(self, closure)
@@ -402,7 +405,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _watch_state(self) -> None:
         """Learn from now on when somebody puts other dicts or tensors into ``self.state``."""
         self._watched = watched(self.state, self._mark)
-        self.state = self._watched  # type: ignore[assignment]
+        self.state = self._watched
 
     def _adopt_replaced(self, rules: list[Rule]) -> None:
         """Bring replaced state into the banks; a parameter whose state was removed starts anew, as in torch."""
@@ -437,7 +440,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         checkpoint.check(self, state_dict)
         groups = self.param_groups
         super().load_state_dict(state_dict)
-        checkpoint.restore(self, groups)
+        checkpoint.restore(self, groups, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **checkpoint.own_state(self)}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AtenRule", "Rule", "decayed", "expm1_log", "sqrt"]
+__all__ = ["AtenRule", "Rule", "averaged", "averaged_square", "decayed", "expm1_log", "minus", "minus_ratio", "sqrt",
+           "where"]  # fmt: skip
 
 # (params, grads, [state lists in slot order], step, scalars by name, maximize) -> None, in place.
 AtenRule = Callable[
@@ -23,17 +24,23 @@ class Rule:
     """An update rule: pure arithmetic, with the storage left to the backends.
 
     ``update(p, g, *state, h)`` returns ``(p, *state)`` in the dtype it was given (float32, or float64 for float64
-    parameters); ``row(step, *scalars)`` computes, in float64, the numbers ``h`` that are the same for all elements of
-    one tensor. Both have a twin of the same name, argument names and argument order in ``kernels/rules.py``.
+    parameters); ``row(step, *carried, *scalars)`` computes, in float64, the numbers ``h`` that are the same for all
+    elements of one tensor. Both have a twin of the same name, argument names and argument order in
+    ``kernels/rules.py``.
+
+    What a tensor *carries* from step to step beside its count is a number of its own (NAdam's ``mu_product``): the row
+    takes the old ones after ``step``, and the first fields of the NamedTuple it returns are the new ones.
 
     Args:
         update: the reference rule; its name is the name of the rule.
         row: the reference of the row; ``step`` is the 1-based count of the tensor's own steps.
         hyper: the NamedTuple that ``row`` returns and ``update`` takes as ``h``.
-        scalars: the hyper-parameters that ``row`` takes after ``step``, by their names in a param group
+        scalars: the hyper-parameters that ``row`` takes last, by their names in a param group
             (``beta1`` and ``beta2`` are the two ``betas``).
         slots: the keys of the state tensors, in the order ``update`` takes them.
         aten: PyTorch's own fused CPU operator for the same rule, or None.
+        carried: the keys of the numbers that a tensor carries, in the order ``row`` takes and returns them.
+        start: what each slot, then each carried number, is before the first step; empty for zeros.
     """
 
     update: Callable[..., tuple[Tensor, ...]]
@@ -42,6 +49,8 @@ class Rule:
     scalars: tuple[str, ...]
     slots: tuple[str, ...]
     aten: AtenRule | None = None
+    carried: tuple[str, ...] = ()
+    start: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -71,6 +80,38 @@ def decayed(g: Tensor, p: Tensor, weight_decay: Any) -> Tensor:
     return g + weight_decay * p if weight_decay != 0 else g
 
 
+def averaged(avg: Tensor, x: Tensor, weight: Any) -> Tensor:
+    """``avg + (x-avg)*weight``, in one pass over memory."""
+    return torch.lerp(avg, x, weight.to(avg.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def averaged_square(avg: Tensor, g: Tensor, decay: Any, weight: Any) -> Tensor:
+    """``avg*decay + g*g*weight``."""
+    scaled: Tensor = avg * decay
+    if isinstance(weight, Tensor):
+        return scaled.add_(g * g * weight)
+    return scaled.addcmul_(g, g, value=weight)
+
+
+def minus(p: Tensor, update: Tensor, factor: Any) -> Tensor:
+    """``p - factor*update``; a factor on the host goes with the operator, without a product of its own."""
+    return p - factor * update if isinstance(factor, Tensor) else torch.sub(p, update, alpha=factor)
+
+
+def minus_ratio(p: Tensor, numerator: Tensor, denominator: Tensor, factor: Any) -> Tensor:
+    """``p - factor*numerator/denominator``."""
+    if isinstance(factor, Tensor):
+        return p - factor * numerator / denominator
+    return torch.addcdiv(p, numerator, denominator, value=-factor)
+
+
 def sqrt(x: Any) -> Any:
     """Square root of a float or a tensor."""
     return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """``yes`` or ``no``, of floats or of tensors."""
+    if not isinstance(condition, Tensor):
+        return yes if condition else no
+    return torch.where(condition, yes, no)

@@ -2,7 +2,8 @@
 
 A *leaf* is what the optimizer knows of one parameter. A *bank* is one allocation of state for leaves of equal device,
 dtype and state keys that got their first gradient in the same step: a flat buffer a slot, laid out as the parameters'
-pieces are, and a float32 vector of step counts. ``optimizer.state[p]`` holds views of the bank under torch's keys.
+pieces are, and a float32 row of numbers a leaf: its step count, then what its rule carries. ``optimizer.state[p]``
+holds views of the bank under torch's keys.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Leaf:
         "bank",
         "bank_index",
         "bank_start",
+        "carried",
         "device",
         "dtype",
         "flat",
@@ -63,6 +65,7 @@ class Leaf:
         self.laid: tuple[Any, Any] | None = None
         self.slots: tuple[Tensor, ...] = ()
         self.step: Tensor | None = None
+        self.carried: tuple[Tensor, ...] = ()
         self.locate()
 
     def locate(self) -> None:
@@ -93,26 +96,39 @@ class Leaf:
         bank = self.bank
         if bank is None or self.laid != (self.shape, self.strides):  # state lies in the order of its parameter
             return False
-        return (bank.names, bank.device, bank.dtype) == (rule.slots, self.device, self.dtype)
+        wanted = (rule.slots, rule.carried, self.device, self.dtype)
+        return (bank.names, bank.carried_names, bank.device, bank.dtype) == wanted
+
+    def drop_state(self) -> None:
+        """Forget where the state lies."""
+        self.bank, self.slots, self.step, self.carried = None, (), None, ()
 
 
 class Bank:
     """One allocation of state, small tensors first, as the parameters lie in their pieces."""
 
-    __slots__ = ("before", "device", "dtype", "leaves", "names", "slots", "steps")
+    __slots__ = ("before", "carried_names", "device", "dtype", "leaves", "names", "numbers", "slots", "start", "steps")
 
-    def __init__(self, names: tuple[str, ...], leaves: Sequence[Leaf]) -> None:
+    def __init__(self, rule: Rule, leaves: Sequence[Leaf]) -> None:
         first = leaves[0]
         total = sum(aligned(leaf.numel, leaf.dtype) for leaf in leaves)
-        self.names = names
+        self.names = rule.slots
+        self.carried_names = rule.carried
+        self.start = rule.start or (0.0,) * len(self.names + self.carried_names)
         self.leaves = sorted(leaves, key=lambda leaf: leaf.numel > SMALL)
         self.device = first.device
         self.dtype = first.dtype
-        shifts = [i * _STAGGER_BYTES // first.dtype.itemsize for i in range(1, 1 + len(names))]
+        shifts = [i * _STAGGER_BYTES // first.dtype.itemsize for i in range(1, 1 + len(self.names))]
         self.slots = tuple(
-            torch.zeros(shift + total, dtype=first.dtype, device=first.device)[shift:] for shift in shifts
+            torch.full((shift + total,), value, dtype=first.dtype, device=first.device)[shift:]
+            for shift, value in zip(shifts, self.start, strict=False)
         )
-        self.steps = torch.zeros(len(leaves), dtype=torch.float32, device=first.device)
+        # float32, as torch keeps both. The kernels find a leaf's carried numbers behind its step.
+        shape = (len(leaves), 1 + len(self.carried_names))
+        self.numbers = torch.zeros(shape, dtype=torch.float32, device=first.device)
+        self.steps = self.numbers[:, 0]
+        for i, value in enumerate(self.start[len(self.names) :], start=1):
+            self.numbers[:, i].fill_(value)
         self.before: list[Any] = []
 
     def move_in(self, state: MutableMapping[Tensor, Any]) -> None:
@@ -124,7 +140,9 @@ class Bank:
             leaf.bank, leaf.bank_index, leaf.bank_start = self, index, start
             leaf.laid = (leaf.shape, leaf.strides)
             leaf.slots = tuple(own_view(slot, start, leaf.numel, (leaf.numel,), (1,)) for slot in self.slots)
-            leaf.step = own_view(self.steps, index, 1, (), ())
+            width = self.numbers.shape[1]
+            leaf.step, *carried = (own_view(self.numbers.view(-1), index * width + i, 1, (), ()) for i in range(width))
+            leaf.carried = tuple(carried)
             if entry:
                 adopt(leaf, entry)
             state[leaf.param] = {**entry, **entry_views(leaf)}
@@ -133,7 +151,7 @@ class Bank:
     def move_out(self, state: MutableMapping[Tensor, Any]) -> None:
         """Undo ``move_in``: the step that asked for the state failed before it used it."""
         for leaf, entry in zip(self.leaves, self.before, strict=True):
-            leaf.bank, leaf.slots, leaf.step = None, (), None
+            leaf.drop_state()
             if entry is None:
                 del state[leaf.param]
             else:
@@ -205,42 +223,46 @@ def entry_views(leaf: Leaf) -> dict[str, Tensor]:
     """The leaf's state under torch's keys, as views of its bank."""
     assert leaf.bank is not None and leaf.step is not None
     slots = zip(leaf.bank.names, leaf.slots, strict=True)
-    return {"step": leaf.step, **{name: slot.as_strided(leaf.shape, leaf.strides) for name, slot in slots}}
+    views = {"step": leaf.step, **dict(zip(leaf.bank.carried_names, leaf.carried, strict=True))}
+    return {**views, **{name: slot.as_strided(leaf.shape, leaf.strides) for name, slot in slots}}
 
 
 def adopt(leaf: Leaf, entry: MutableMapping[str, Any]) -> None:
-    """Copy the values of a loaded or replaced state entry into the leaf's bank; what is missing starts at zero.
+    """Copy the values of a loaded or replaced state entry into the leaf's bank; what is missing is as at the start.
 
     The step starts anew where a rule has state and none came (SGD whose momentum was just switched on), and a buffer
     that came without a step has taken one (torch.optim.SGD saves none).
     """
-    assert leaf.bank is not None and leaf.step is not None
+    bank = leaf.bank
+    assert bank is not None and leaf.step is not None
     came = False
-    for name, slot in zip(leaf.bank.names, leaf.slots, strict=True):
+    for name, slot, start in zip(bank.names, leaf.slots, bank.start, strict=False):
         value = entry.get(name)
         if value is None:
-            slot.zero_()
+            slot.fill_(start)
             continue
         came = True
         if value.data_ptr() != slot.data_ptr():
             slot.as_strided(leaf.shape, leaf.strides).copy_(value)
-    step = entry.get("step")
-    if leaf.bank.names and not came:
-        leaf.step.zero_()
-    elif step is None:
-        leaf.step.fill_(1.0 if came else 0.0)
-    elif isinstance(step, Tensor):
-        if step.data_ptr() != leaf.step.data_ptr():
-            leaf.step.copy_(step.reshape(()))
-    else:
-        leaf.step.fill_(float(step))
+    known = bool(came or not bank.names)
+    _put(leaf.step, entry.get("step") if known else None, 1.0 if came else 0.0)
+    for name, number, start in zip(bank.carried_names, leaf.carried, bank.start[len(bank.names) :], strict=True):
+        _put(number, entry.get(name) if known else None, start)
+
+
+def _put(number: Tensor, value: Any, otherwise: float) -> None:
+    """Set one of a leaf's numbers to a loaded value."""
+    if not isinstance(value, Tensor):
+        number.fill_(otherwise if value is None else float(value))
+    elif value.data_ptr() != number.data_ptr():
+        number.copy_(value.reshape(()))
 
 
 def check_entry(leaf: Leaf, entry: Any, rule: Rule) -> None:
     """Raise a ValueError that says what is wrong with a state entry, before anything is changed."""
     where = f"the state of parameter {leaf.index}"
     if not isinstance(entry, MutableMapping):
-        keys = ("step", *rule.slots)
+        keys = ("step", *rule.carried, *rule.slots)
         raise ValueError(f"{where} must be a dict with the keys {keys}, but got {type(entry).__name__}")
     for name in rule.slots:
         value = entry.get(name)
@@ -252,11 +274,12 @@ def check_entry(leaf: Leaf, entry: Any, rule: Rule) -> None:
                 f"{where} has {name!r} of shape {got}, but the parameter has shape {tuple(leaf.shape)}; "
                 "load a state_dict that was saved for the same parameters in the same order"
             )
-    step = entry.get("step")
-    if step is None or isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1):
-        return
-    got = f"a tensor of shape {tuple(step.shape)}" if isinstance(step, Tensor) else type(step).__name__
-    raise ValueError(f"{where} has as 'step' {got}, but a single number was expected")
+    for name in ("step", *rule.carried):
+        value = entry.get(name)
+        if value is None or isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+            continue
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{where} has as {name!r} {got}, but a single number was expected")
 
 
 def ensure_state(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> list[Bank]:
@@ -269,8 +292,8 @@ def ensure_state(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMa
         rule = rules[leaf.group]
         if not leaf.fits(rule):
             check_entry(leaf, state.get(leaf.param) or {}, rule)
-            buckets.setdefault((leaf.device, leaf.dtype, rule.slots), []).append(leaf)
-    banks = [Bank(key[2], bucket) for key, bucket in buckets.items()]
+            buckets.setdefault((leaf.device, leaf.dtype, rule.slots, rule.carried, rule.start), []).append(leaf)
+    banks = [Bank(rules[bucket[0].group], bucket) for bucket in buckets.values()]
     for bank in banks:
         bank.move_in(state)
     return banks

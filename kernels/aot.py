@@ -151,7 +151,7 @@ def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard
         guard=guard,
         count=guard,
         last=True,
-        n_row_scalars=len(getattr(rules, row).arg_names) - 1,  # all but step
+        n_row_scalars=len(getattr(rules, row).arg_names) - 1 - rules.CARRIED.get(row, 0),  # all but step
         n_fields=len(getattr(rules, hyper)._fields),
         dtype=dtype,
     )
@@ -209,6 +209,8 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
         yield _decide(rule, FP32, None, "no_factor", guard=False)
         yield _decide(rule, FP32, "global", "clip_factor", guard=True)
         yield _decide(rule, FP32, "tensor", "normalize_factor", guard=False)
+    for rule in ("rmsprop", "adagrad", "adadelta", "adamax", "nadam", "radam", "lion"):
+        yield _decide(rule, FP32, "global", "clip_factor", guard=True)
     yield _decide("adam", FP64, "global", "clip_factor", guard=False)
     for rule in rules.RULES:
         for dtype in (FP32, BF16, FP16, FP64):

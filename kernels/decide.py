@@ -173,6 +173,7 @@ def decide(
     LAST: tl.constexpr,  # whether this is the last bucket of the step, which advances the clock
     SCALARS: tl.constexpr,
     FIELDS: tl.constexpr,
+    CARRIED: tl.constexpr,  # how many numbers lie behind a tensor's step, which the row takes and returns first
     WIDE: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -206,6 +207,9 @@ def decide(
         step_ptr = step_address.to(tl.pointer_type(tl.float32), bitcast=True)
         step = tl.load(step_ptr, mask=mask, other=0.0).to(tl.float64) + 1.0
         arguments = ()
+        for i in tl.static_range(CARRIED):
+            carried = tl.load(step_ptr + 1 + i, mask=mask, other=0.5).to(tl.float64)
+            arguments = arguments + (carried,)  # noqa: RUF005
         for i in tl.static_range(SCALARS):
             scalar = tl.load(values_ptr + group * (SCALARS + 1) + i, mask=mask, other=0.5)
             arguments = arguments + (scalar,)  # noqa: RUF005
@@ -225,6 +229,9 @@ def decide(
             tl.store(row_ptr + i, numbers[i].to(WIDE), mask=mask)
         tl.store(row_ptr + FIELDS, (factor * sign).to(WIDE), mask=mask)
         tl.store(row_ptr + FIELDS + 1, (limit + tl.zeros([LANES], tl.float64)).to(WIDE), mask=mask)
+        for i in tl.static_range(CARRIED):
+            kept = tl.where(skipped == 0, numbers[i], arguments[i])
+            tl.store(step_ptr + 1 + i, kept.to(tl.float32), mask=mask)
         tl.store(step_ptr, (step - skipped).to(tl.float32), mask=mask)
     if LAST:
         tl.store(clock_ptr, t + advance * (1 - skipped))

@@ -30,6 +30,8 @@ BLOCK = 8 * THREADS  # 8 elements a thread: 16-byte accesses for float32 and bfl
 # state, in 8 and 16 bytes. With 8 elements Triton lays the two out in different ways, and every block goes through
 # shared memory to get from one to the other.
 HALF_BLOCK = 4 * THREADS
+# Rules with so much alive at once that 8 elements a thread would take more than 64 registers.
+WIDE_RULES = ("adadelta", "rmsprop_centered_momentum")
 TAIL = BLOCK if INTERPRETED else THREADS  # the interpreter pays for each iteration, not for registers
 LANES = 128
 # The programs of step must all be on the device at once. A bound on registers, which the compiler keeps, says how many
@@ -98,6 +100,7 @@ def decide_constants(
         "LAST": last,
         "SCALARS": n_row_scalars,
         "FIELDS": n_fields,
+        "CARRIED": rules.CARRIED.get(row_name, 0),
         "WIDE": wide(dtype),
         "LANES": LANES,
     }
@@ -128,7 +131,7 @@ def apply_constants(
         "S": DTYPES[state_dtypes[0] if state_dtypes else dtype],
         "SLOTS": len(state_dtypes),
         "WIDE": wide(dtype),
-        "BLOCK": HALF_BLOCK if len(sizes) > 1 or 8 in sizes else BLOCK,
+        "BLOCK": HALF_BLOCK if len(sizes) > 1 or 8 in sizes or rule_name in WIDE_RULES else BLOCK,
         "TAIL": TAIL,
     }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from references import Lion
 from torch import Tensor
 
 import fusedlr
@@ -20,8 +21,11 @@ from fusedlr import clipping
 class Case:
     """An optimizer of fusedlr, its namesake, and the arguments both take.
 
-    ``state`` are the keys under which torch keeps tensors of the parameter's shape. ``penalty`` says that the weight
-    decay is added to the gradient.
+    ``state`` are the keys under which torch keeps tensors of the parameter's shape, ``numbers`` those of a single
+    number beside ``step``. ``penalty`` says that the weight decay is added to the gradient. ``reach`` is how many times
+    the lr an update is at most, for gradients of magnitudes in [0.5, 2]. ``begin`` is how many steps were taken before
+    the test, with moments as such gradients leave them. ``oracle_error`` is the relative error of torch's own numbers
+    of a step in float64. Rows with ``every_layout`` go through Triton's interpreter in all layouts.
     """
 
     name: str
@@ -29,10 +33,16 @@ class Case:
     oracle: type[torch.optim.Optimizer]
     kwargs: dict[str, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    reach: float = 4.0
+    begin: int = 0
+    # torch computes 1 - beta2**t directly, 2.2e-16/(1 - 0.999) = 2.2e-13 off at the first step (halved by the root).
+    oracle_error: float = 2.2e-13
+    every_layout: bool = True
 
     @property
     def penalty(self) -> bool:
-        decoupled = self.oracle is torch.optim.AdamW or self.kwargs.get("decoupled_weight_decay", False)
+        decoupled = self.oracle in (torch.optim.AdamW, Lion) or self.kwargs.get("decoupled_weight_decay", False)
         return bool(self.kwargs.get("weight_decay", 0)) and not decoupled
 
     @property
@@ -60,7 +70,8 @@ _LR = 0.01
 
 
 def _sgd(name: str, state: tuple[str, ...] = _BUFFER, **kwargs: Any) -> Case:
-    return Case(f"sgd-{name}", fusedlr.SGD, torch.optim.SGD, {"lr": _LR, **kwargs}, state)
+    reach = 20.0 if state else 4.0  # momenta of up to ten gradients
+    return Case(f"sgd-{name}", fusedlr.SGD, torch.optim.SGD, {"lr": _LR, **kwargs}, state, reach=reach)
 
 
 def _adam(name: str, state: tuple[str, ...] = _MOMENTS, **kwargs: Any) -> Case:
@@ -69,6 +80,27 @@ def _adam(name: str, state: tuple[str, ...] = _MOMENTS, **kwargs: Any) -> Case:
 
 def _adamw(name: str, state: tuple[str, ...] = _MOMENTS, **kwargs: Any) -> Case:
     return Case(f"adamw-{name}", fusedlr.AdamW, torch.optim.AdamW, {"lr": _LR, **kwargs}, state)
+
+
+def _row(cls: str, name: str, state: tuple[str, ...], kwargs: dict[str, Any], **own: Any) -> Case:
+    """A row of a class without a function of its own; the first row of each class goes through every layout."""
+    oracle = Lion if cls == "Lion" else getattr(torch.optim, cls)
+    own = {"every_layout": name == "default", **own}
+    return Case(f"{cls.lower()}-{name}", getattr(fusedlr, cls), oracle, {"lr": _LR, **kwargs}, state, **own)
+
+
+def _rmsprop(name: str, *more: str, **kwargs: Any) -> Case:
+    # g/sqrt(0.01*g^2) in the first step; with momentum up to four such updates (1 + 0.9 + 0.81 + 0.73).
+    return _row("RMSprop", name, ("square_avg", *more), kwargs, reach=40.0 if "momentum_buffer" in more else 10.1)
+
+
+def _radam(name: str, begin: int = 0, **kwargs: Any) -> Case:
+    # torch's rho_t is 2*t/(1-beta2**t) less rho_inf: its error, 1e-16/(1-beta2)**2, is divided by rho_t - 4 > 1.
+    return _row("RAdam", name, _MOMENTS, kwargs, begin=begin, oracle_error=1e-10)
+
+
+def _nadam(name: str, **kwargs: Any) -> Case:
+    return _row("NAdam", name, _MOMENTS, kwargs, numbers=("mu_product",))
 
 
 CASES = [
@@ -89,10 +121,37 @@ CASES = [
     _adamw("maximize", maximize=True, weight_decay=0.1),
     _adamw("eps", eps=0.1, betas=(0.5, 0.9)),
     _adamw("no-decay", weight_decay=0.0),
-]
+    _rmsprop("default"),
+    _rmsprop("decay-maximize", weight_decay=0.01, maximize=True, alpha=0.9),
+    _rmsprop("momentum", "momentum_buffer", momentum=0.9),
+    _rmsprop("centered", "grad_avg", centered=True, weight_decay=0.01),
+    _rmsprop("centered-momentum", "momentum_buffer", "grad_avg", centered=True, momentum=0.9, eps=0.1),
+    _row("Adagrad", "default", ("sum",), {}),
+    _row("Adagrad", "decays", ("sum",), {"lr_decay": 0.3, "weight_decay": 0.01, "initial_accumulator_value": 0.7}),
+    _row("Adagrad", "maximize", ("sum",), {"maximize": True, "eps": 0.1, "lr_decay": 0.1}),
+    _row("Adadelta", "default", ("square_avg", "acc_delta"), {"lr": 1.0}, reach=0.1),
+    _row("Adadelta", "decay-maximize", ("square_avg", "acc_delta"),
+         {"lr": 0.5, "rho": 0.6, "eps": 1e-3, "weight_decay": 0.01, "maximize": True}, reach=0.5),
+    _row("Adamax", "default", ("exp_avg", "exp_inf"), {}),
+    _row("Adamax", "decay-maximize", ("exp_avg", "exp_inf"),
+         {"betas": (0.5, 0.7), "eps": 0.1, "weight_decay": 0.01, "maximize": True}),
+    _nadam("default"),
+    _nadam("decay", weight_decay=0.01, momentum_decay=0.5, betas=(0.8, 0.9)),
+    _nadam("decoupled-maximize", weight_decay=0.1, decoupled_weight_decay=True, maximize=True, eps=0.1),
+    _radam("default"),
+    _radam("rectified", begin=4),  # the sixth step is the first that is rectified
+    _radam("decay", begin=9, weight_decay=0.01, betas=(0.8, 0.9)),
+    _radam("decoupled-maximize", begin=20, weight_decay=0.1, decoupled_weight_decay=True, maximize=True, eps=0.1),
+    _row("Lion", "default", ("exp_avg",), {}),
+    _row("Lion", "decay-maximize", ("exp_avg",), {"weight_decay": 0.1, "maximize": True}),
+]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 # One row for each set of state keys: for what depends on the state alone.
-STATEFUL = [BY_NAME[name] for name in ("sgd-plain", "sgd-momentum", "adam-default", "adamw-amsgrad")]
+STATEFUL = [
+    BY_NAME[name]
+    for name in ("sgd-plain", "sgd-momentum", "adam-default", "adamw-amsgrad", "rmsprop-centered-momentum",
+                 "adagrad-decays", "adadelta-default", "adamax-default", "nadam-decay", "lion-default")
+]  # fmt: skip
 
 CLIPS: list[Any] = [
     None,
@@ -162,6 +221,7 @@ LAYOUTS: dict[str, Layout] = {
     "slice": _slice,
     "ones": _plain(1, 1, 6, 1),
 }
+FEW: dict[str, Layout] = {name: LAYOUTS[name] for name in ("channels_last", "0-dim", "empty", "1025", "gaps")}
 # Beyond the limits up to which the PyTorch backend gathers small tensors (2**16) and steps in one chunk (2**18).
 LARGE: dict[str, Layout] = {
     "small": _plain(31),
@@ -202,6 +262,14 @@ def make_gradient(p: Tensor, case: Case, arrangement: int = 0) -> Tensor:
     if arrangement == 3 and g.ndim > 0 and g.shape[0] > 0 and not case.penalty:  # expanded, as sum().backward() gives
         return g[:1].expand_as(g)
     return torch.empty_like(p).copy_(g)
+
+
+def begin_state(case: Case, p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The state of a parameter after ``begin`` steps with gradients of magnitudes in [0.5, 2]."""
+    state = {key: _values(p.shape, p.device, dtype) for key in case.state}
+    for key in {"exp_avg_sq"} & set(state):
+        state[key] = state[key].abs()
+    return {"step": torch.tensor(float(case.begin)), **state}
 
 
 # ---- the clip, by torch or written out ---------------------------------------------------------------------------

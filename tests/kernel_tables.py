@@ -52,6 +52,7 @@ class Decided:
     skip: Tensor
     clock: Tensor
     steps: Tensor
+    carried: Tensor
     values: Tensor
 
 
@@ -77,8 +78,10 @@ def decided(
     count: bool = False,
     last: bool = True,
     dtype: torch.dtype = torch.float64,
+    carried: Sequence[Sequence[float]] = (),
 ) -> Decided:
-    """Launch decide for tensors of the given steps; ``scalars`` is a row a group, ``counts`` partials a tensor."""
+    """Launch decide for tensors of the given steps; ``scalars`` is a row a group, ``counts`` partials a tensor, and
+    ``carried`` the numbers behind each tensor's step."""
     n, width = len(steps), len(rule.scalars) + 1
     groups = [0] * n if groups is None else groups
     signs = [1.0] * len(scalars) if signs is None else signs
@@ -87,7 +90,8 @@ def decided(
         counts = [0] * n
     assert counts is not None
     firsts = np.cumsum([0, *counts[:-1]])
-    step = torch.tensor(steps, dtype=torch.float32, device=DEVICE)
+    numbers_of = [(x, *more) for x, more in zip(steps, carried or [()] * n, strict=True)]
+    step = torch.tensor(numbers_of, dtype=torch.float32, device=DEVICE)
     tensors = int64([(g, step[i].data_ptr(), int(firsts[i]), counts[i]) for i, g in enumerate(groups)])
     numbers = [x for row, sign in zip(scalars, signs, strict=True) for x in (*row, sign)] + list(clip)
     pointers = [0] * len(numbers)
@@ -105,7 +109,8 @@ def decided(
         norm=torch.full((), math.nan, device=DEVICE),
         skip=torch.full((1,), -7, dtype=torch.int32, device=DEVICE),
         clock=int64(clock),
-        steps=step,
+        steps=step[:, 0],
+        carried=step[:, 1:],
         values=torch.full((len(numbers),), math.nan, dtype=torch.float64, device=DEVICE),
     )
     launch.launch_decide(

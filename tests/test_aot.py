@@ -90,7 +90,8 @@ def arrays_of(name: str) -> tuple[list[int], list[int]]:
 def elements_of(name: str) -> int:
     """Elements that a thread treats in a block of apply: launch.BLOCK or launch.HALF_BLOCK over 128 threads."""
     sizes = set(arrays_of(name)[0])
-    return 4 if len(sizes) > 1 or 8 in sizes else 8
+    wide = name.split("-")[1] in launch.WIDE_RULES
+    return 4 if len(sizes) > 1 or 8 in sizes or wide else 8
 
 
 def test_every_kernel_compiles(table: Table, compiling: Compiling, arch: str) -> None:

@@ -62,6 +62,75 @@ def test_bias_corrections_against_exact_arithmetic() -> None:
             assert row[at("bias_correction2_sqrt")] == pytest.approx(float(mpmath.sqrt(exact)), rel=RTOL)
 
 
+SCALARS = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "alpha": 0.99,
+           "rho": 0.9, "lr_decay": 0.2, "momentum_decay": 4e-3, "dampening": 0.1, "nesterov": 1.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_the_row_of_every_rule(name: str) -> None:
+    """RAdam's rho is a small difference of numbers of up to 2000 that are good to 1e-15, and 4 is taken from it."""
+    rule = RULES[name]
+    steps = [0.0, 1, 3, 4, 5, 6, 99, 10_000, 10**6]
+    carried = [[2.0 ** -(i + 1) for _ in rule.carried] for i in range(len(steps))]
+    scalars = [SCALARS[s] for s in rule.scalars]
+    out = decided(rule, [scalars], steps, carried=carried)
+    rows = [rule.row(int(s) + 1, *c, *scalars) for s, c in zip(steps, carried, strict=True)]
+    wanted = torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64)
+    rtol = 1e-11 if name.startswith("radam") else RTOL
+    torch.testing.assert_close(out.rows[:, :-2].cpu(), wanted, rtol=rtol, atol=0)
+    assert torch.equal(out.carried.cpu(), wanted[:, : len(rule.carried)].float())
+    assert out.steps.tolist() == [s + 1 for s in steps]
+
+
+def test_radam_rectifies_from_where_it_should_on() -> None:
+    """rho_t against exact arithmetic, also where 2/(1-beta2) is large."""
+    mpmath = pytest.importorskip("mpmath")
+    rule = RULES["radam"]
+    betas = [0.9, 0.99, 0.999, 0.9999, 0.999999, 0.0, 0.5, 0.6]
+    cases = [(t, b) for t in (1, 4, 5, 6, 7, 50, 10**6) for b in betas]
+    scalars = [(1.0, 0.0, b, 0.0, 0.0) for _, b in cases]
+    out = decided(rule, scalars, [t - 1 for t, _ in cases], list(range(len(cases))))
+    at = rule.hyper._fields.index
+    with mpmath.workdps(60):
+        for row, (t, b) in zip(out.rows.tolist(), cases, strict=True):
+            power = mpmath.mpf(b) ** t
+            inf = 2 / (1 - mpmath.mpf(b)) - 1
+            rho = inf - 2 * t * power / (1 - power)
+            assert row[at("rectified")] == float(rho > 5)
+            ratio = (rho - 4) * (rho - 2) * inf / ((inf - 4) * (inf - 2) * rho) if rho > 5 else 1 / (1 - power)
+            exact = float(mpmath.sqrt(ratio * (1 - power)))
+            # 1e-16*2/(1-beta2), the rounding of the numbers whose difference rho is, over rho - 4 > 1, a few times.
+            assert row[at("step_size")] == pytest.approx(exact, rel=1e-15 / (1 - b) + RTOL)
+
+
+def test_nadams_numbers_against_exact_arithmetic() -> None:
+    mpmath = pytest.importorskip("mpmath")
+    rule = RULES["nadam"]
+    steps = [1, 2, 5, 100, 10**5]
+    out = decided(rule, [(1.0, 0.9, 0.999, 0.0, 0.0, 4e-3)], [s - 1 for s in steps], carried=[[0.25]] * len(steps))
+    at = rule.hyper._fields.index
+    with mpmath.workdps(60):
+        beta1, decay = mpmath.mpf(0.9), mpmath.mpf(4e-3)
+        for row, t in zip(out.rows.tolist(), steps, strict=True):
+            mu, following = (beta1 * (1 - mpmath.mpf(0.96) ** (n * decay) / 2) for n in (t, t + 1))
+            product = mu / 4
+            assert row[at("mu_product")] == pytest.approx(float(product), rel=RTOL)
+            assert row[at("grad_size")] == pytest.approx(float((1 - mu) / (1 - product)), rel=RTOL)
+            assert row[at("avg_size")] == pytest.approx(float(following / (1 - product * following)), rel=RTOL)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_skipped_step_keeps_what_tensors_carry(bad: bool) -> None:
+    rule, scalars = RULES["nadam"], (0.01, 0.9, 0.999, 1e-8, 0.0, 4e-3)
+    out = decided(
+        rule, [scalars], [3.0, 8.0], carried=[[0.5], [0.125]], partials=partials_of([1.0, math.nan if bad else 2.0]),
+        counts=[1, 1], guard=True, count=True,
+    )  # fmt: skip
+    new = [float(torch.tensor(rule.row(s, m, *scalars)[0])) for s, m in ((4, 0.5), (9, 0.125))]
+    assert out.carried.flatten().tolist() == ([0.5, 0.125] if bad else new)
+    assert out.steps.tolist() == ([3.0, 8.0] if bad else [4.0, 9.0])
+
+
 def test_sgd_rows_and_the_first_step() -> None:
     scalars = [(0.1, 0.9, 0.5, 0.01, 0.0), (0.2, 0.0, 0.0, 0.0, 1.0)]
     taken, groups = [0.0, 1, 5, 0.0], [0, 0, 1, 1]

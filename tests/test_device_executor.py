@@ -22,6 +22,13 @@ MAKERS: dict[str, Any] = {
     "adam": lambda params, **kw: fusedlr.Adam(params, lr=0.1, weight_decay=0.1, **kw),
     "adam-amsgrad": lambda params, **kw: fusedlr.Adam(params, lr=0.1, amsgrad=True, maximize=True, **kw),
     "adamw": lambda params, **kw: fusedlr.AdamW(params, lr=0.1, **kw),
+    "rmsprop": lambda params, **kw: fusedlr.RMSprop(params, lr=0.01, centered=True, momentum=0.9, **kw),
+    "adagrad": lambda params, **kw: fusedlr.Adagrad(params, lr=0.1, lr_decay=0.1, weight_decay=0.1, **kw),
+    "adadelta": lambda params, **kw: fusedlr.Adadelta(params, lr=1.0, weight_decay=0.1, **kw),
+    "adamax": lambda params, **kw: fusedlr.Adamax(params, lr=0.1, **kw),
+    "nadam": lambda params, **kw: fusedlr.NAdam(params, lr=0.1, **kw),
+    "radam": lambda params, **kw: fusedlr.RAdam(params, lr=0.1, betas=(0.5, 0.9), **kw),
+    "lion": lambda params, **kw: fusedlr.Lion(params, lr=0.1, weight_decay=0.1, **kw),
 }
 CLIPS = [None, GlobalNorm(1.0), GlobalNorm(1.0, 3.5), TensorNorm(0.5), TensorNorm(0.5, math.inf), Value(0.3)]
 CLIPS += [Normalize("tensor"), Normalize("global")]
@@ -87,7 +94,7 @@ def test_the_same_numbers_as_on_the_host(name: str, clip: Any, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
-@pytest.mark.parametrize("name", ["sgd-dampening", "adam-amsgrad", "adamw"])
+@pytest.mark.parametrize("name", ["sgd-dampening", "adam-amsgrad", "adamw", "nadam", "radam"])
 def test_all_dtypes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     host = train(name, dtype, [None] * 4, clip=1.0)
     monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
@@ -100,7 +107,7 @@ def everything(optimizer: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("clip", [None, GlobalNorm(1.0), TensorNorm(0.5), Value(0.3)], ids=repr)
-@pytest.mark.parametrize("name", ["sgd-dampening", "adamw"])
+@pytest.mark.parametrize("name", ["sgd-dampening", "adamw", "nadam"])
 def test_skip_leaves_no_trace(name: str, clip: Any, as_on_a_device: None) -> None:
     params = make_params()
     optimizer = MAKERS[name](params, backend="torch", clip=clip, nonfinite="skip")

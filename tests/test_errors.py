@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from fusedlr.gather import check_gradients
 from fusedlr.state import Leaf
 
 NAMES = ("SGD", "Adam", "AdamW")
+MORE = ("RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam")
 
 
 def param(*shape: int) -> torch.nn.Parameter:
@@ -50,9 +52,18 @@ def assert_same(a: Any, b: Any) -> None:
 # ---- the constructor -----------------------------------------------------------------------------------------------
 
 TORCHS_OWN: list[tuple[str, dict[str, Any]]] = [
-    *[(name, {"lr": -0.1}) for name in NAMES],
-    *[(name, {"weight_decay": -1.0}) for name in NAMES],
-    *[(name, {"lr": torch.ones(2)}) for name in NAMES],
+    *[(name, {"lr": -0.1}) for name in NAMES + MORE],
+    *[(name, {"weight_decay": -1.0}) for name in NAMES + MORE],
+    *[(name, {"lr": torch.ones(2)}) for name in NAMES + MORE],
+    *[(name, {"eps": -1e-8}) for name in MORE],
+    *[(name, {"betas": betas}) for name in ("Adamax", "NAdam", "RAdam") for betas in ((1.0, 0.9), (0.9, 1.0))],
+    ("RMSprop", {"alpha": -0.1}),
+    ("RMSprop", {"momentum": -0.1}),
+    ("Adagrad", {"lr_decay": -0.1}),
+    ("Adagrad", {"initial_accumulator_value": -0.1}),
+    ("Adagrad", {"foreach": True, "fused": True}),
+    ("Adadelta", {"rho": 1.5}),
+    ("NAdam", {"momentum_decay": -1.0}),
     *[(name, {"foreach": True, "fused": True}) for name in NAMES],
     *[(name, {"betas": betas}) for name in ("Adam", "AdamW") for betas in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9))],
     ("Adam", {"eps": -1e-8}),
@@ -70,6 +81,39 @@ def test_what_torch_refuses_is_refused_with_its_words(name: str, arguments: dict
         getattr(torch.optim, name)([param(2)], **arguments)
     with pytest.raises(type(theirs.value), match=re.escape(str(theirs.value))):
         getattr(fusedlr, name)([param(2)], **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"lr": -0.1},
+        {"lr": torch.ones(2)},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+        {"weight_decay": -1.0},
+    ],
+    ids=str,
+)
+def test_lion_refuses_what_adamw_refuses_in_the_same_words(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as theirs:  # noqa: PT011  # torch's words are what is compared
+        torch.optim.AdamW([param(2)], **arguments)
+    with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+        fusedlr.Lion([param(2)], **arguments)
+    optimizer = fusedlr.Lion([param(2)])
+    with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+        optimizer.add_param_group({"params": [param(3)], **arguments})
+
+
+def test_lion_takes_two_betas() -> None:
+    with pytest.raises(ValueError, match=re.escape("betas must be two numbers, but got (0.9, 0.99, 0.5)")):
+        fusedlr.Lion([param(2)], betas=(0.9, 0.99, 0.5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES + MORE)
+def test_arguments_are_torchs_in_its_order_and_with_its_defaults(name: str) -> None:
+    theirs = list(inspect.signature(getattr(torch.optim, name)).parameters.values())
+    ours = list(inspect.signature(getattr(fusedlr, name)).parameters.values())[: len(theirs)]
+    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs]
 
 
 @pytest.mark.parametrize("name", NAMES)

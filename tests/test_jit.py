@@ -77,6 +77,8 @@ CASES = [
     ("Adam", {"amsgrad": "True", "clip": "clipping.Value(1.0)"}),
     ("SGD", {"momentum": "0.9", "clip": "clipping.TensorNorm(1.0, norm_type='inf')"}),
     ("SGD", {"clip": "clipping.GlobalNorm(1.0, norm_type=3)"}),
+    ("NAdam", {"clip": "1.0", "nonfinite": "'skip'", "schedule": "{'beta1': schedules.Linear(5, 1.0, 0.9)}"}),
+    ("RAdam", {"clip": "clipping.Value(1.0)", "decoupled_weight_decay": "True"}),
 ]
 
 

@@ -54,7 +54,11 @@ FACTORS = {
 
 
 def test_the_rules_are_found() -> None:
-    assert set(RULES) == {"sgd", "sgd_momentum", "adam", "adam_amsgrad", "adamw", "adamw_amsgrad"}
+    assert set(RULES) == {
+        "sgd", "sgd_momentum", "adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "rmsprop", "rmsprop_momentum",
+        "rmsprop_centered", "rmsprop_centered_momentum", "adagrad", "adadelta", "adamax", "nadam", "nadamw", "radam",
+        "radamw", "lion",
+    }  # fmt: skip
     assert set(FACTORS) == {"clip_factor", "normalize_factor"}
 
 
@@ -76,14 +80,28 @@ def test_the_row_has_the_same_fields(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_arguments_are_the_scalars_and_the_state(name: str) -> None:
     rule = RULES[name]
-    assert arguments(rule.row) == ["step", *rule.scalars]
+    assert arguments(rule.row) == ["step", *rule.carried, *rule.scalars]
     assert arguments(rule.update) == ["p", "g", *rule.slots, "h"]
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_what_a_tensor_carries_comes_first_in_its_row(name: str) -> None:
+    rule = RULES[name]
+    assert rule.hyper._fields[: len(rule.carried)] == rule.carried
+    assert device_rules.CARRIED.get(rule.row.__name__, 0) == len(rule.carried)
+    assert len(rule.start) in (0, len(rule.slots) + len(rule.carried))
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_the_tables_of_the_kernels_name_the_references(name: str) -> None:
+    rule = RULES[name]
+    assert device_rules.RULES[name] == (rule.hyper.__name__, rule.row.__name__)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_the_reference_gives_its_own_fields_and_as_much_state_as_it_takes(name: str) -> None:
     rule = RULES[name]
-    h = rule.row(1, *[0.5] * len(rule.scalars))
+    h = rule.row(1, *[0.5] * len((*rule.carried, *rule.scalars)))
     assert type(h) is rule.hyper
     x = torch.ones(3)
     assert len(rule.update(x, x, *[x] * len(rule.slots), h)) == 1 + len(rule.slots)
@@ -96,8 +114,9 @@ def test_clip_factors_have_twins(name: str) -> None:
     assert arguments(twin) == arguments(FACTORS[name]) == ["norm", "max_norm", "eps"]
 
 
-def test_the_shared_helper_has_a_twin() -> None:
-    assert arguments(device_rules.expm1_log) == arguments(host_rule.expm1_log)
+@pytest.mark.parametrize("name", ["expm1_log", "averaged", "averaged_square", "decayed"])
+def test_the_shared_helpers_have_twins(name: str) -> None:
+    assert arguments(getattr(device_rules, name)) == arguments(getattr(host_rule, name))
 
 
 def test_no_public_kernel_function_is_without_a_reference() -> None:

@@ -81,7 +81,7 @@ class Batch:
 
 
 class Piece(NamedTuple):
-    """A part of a batch in a round: elements ``start`` to ``stop``, their gradient in ``scratch`` where one is given."""
+    """A part of a batch in a round: elements ``start`` to ``stop``, and a place for their gradient if needed."""
 
     batch: Batch
     start: int
@@ -100,25 +100,30 @@ class Round(NamedTuple):
 class Call:
     """Batches of one group, dtype and count of steps."""
 
-    __slots__ = ("_rounds", "batches", "group", "leaf", "rule", "steps")
+    __slots__ = ("_numbers", "_rounds", "batches", "group", "has_gaps", "has_operator", "leaf", "rule")
 
     def __init__(self, rule: Rule, batches: list[Batch]) -> None:
         self.rule = rule
         self.batches = batches
         self.leaf = batches[0].leaves[0]
         self.group = self.leaf.group
-        self.steps = list(_step_spans([leaf for batch in batches for leaf in batch.leaves]))
+        self._numbers = list(_spans([leaf for batch in batches for leaf in batch.leaves]))
         self._rounds: dict[bool, list[Round]] = {}
+        self.has_gaps = any(batch.param is None for batch in batches)
+        # Whether PyTorch has an operator of its own for this rule and dtype.
+        self.has_operator = rule.aten is not None and self.leaf.dtype in (torch.float32, torch.float64)
 
-    @property
-    def has_operator(self) -> bool:
-        """Whether PyTorch has an operator of its own for this rule and dtype."""
-        return self.rule.aten is not None and self.leaf.dtype in (torch.float32, torch.float64)
+    def numbers(self) -> list[float] | None:
+        """Steps taken, and what the rule carries, the same for all leaves; None where they have come to differ."""
+        first = self._numbers[0][0]
+        return first.tolist() if all((span == first).all() for span in self._numbers) else None
 
-    def step(self) -> float | None:
-        """The number of this step for all leaves, or None where they have come to differ."""
-        value = float(self.steps[0][0])
-        return value + 1.0 if all((span == value).all() for span in self.steps) else None
+    def count(self, h: Any) -> None:
+        """One step more; the row begins with the new values of what the rule carries."""
+        for span in self._numbers:
+            span[:, 0] += 1.0
+            if span.shape[1] > 1:
+                span[:, 1:] = h[: span.shape[1] - 1]
 
     def rounds(self, clipped: bool, scratch: Tensor) -> list[Round]:
         """The rounds, where every gradient is to be scaled or where none is."""
@@ -154,9 +159,9 @@ def _rounds(batches: Sequence[Batch], clipped: bool, scratch: Tensor) -> Iterato
 
 def calls_of(leaves: Sequence[Leaf], rules: Sequence[Rule]) -> list[Call]:
     """The batches and calls of the leaves, in the order of the groups, which ``rules`` has one each of."""
-    steps = {id(leaf.bank): leaf.bank.steps.tolist() for leaf in leaves if leaf.bank is not None}
-    taken = [steps[id(leaf.bank)][leaf.bank_index] for leaf in leaves]
-    banks = {key: i for i, key in enumerate(steps)}
+    numbers = {id(leaf.bank): list(map(tuple, leaf.bank.numbers.tolist())) for leaf in leaves if leaf.bank is not None}
+    taken = [numbers[id(leaf.bank)][leaf.bank_index] for leaf in leaves]
+    banks = {key: i for i, key in enumerate(numbers)}
 
     # Small tensors in the order of their memory; the others, which may overlap, in the order of the parameters.
     def place(i: int) -> tuple[bool, int, int]:
@@ -201,8 +206,8 @@ def _continues(first: Leaf, last: Leaf, leaf: Leaf) -> bool:
     return leaf.bank_start + leaf.numel - first.bank_start <= CHUNK
 
 
-def _step_spans(leaves: Sequence[Leaf]) -> Iterator[np.ndarray[Any, Any]]:
-    """The leaves' step counts as few slices of their banks, as arrays over the same memory."""
+def _spans(leaves: Sequence[Leaf]) -> Iterator[np.ndarray[Any, Any]]:
+    """The leaves' numbers as few slices of their banks, as arrays over the same memory."""
     places: dict[int, list[int]] = {}
     banks = {}
     for leaf in leaves:
@@ -211,7 +216,7 @@ def _step_spans(leaves: Sequence[Leaf]) -> Iterator[np.ndarray[Any, Any]]:
         places.setdefault(id(leaf.bank), []).append(leaf.bank_index)
     for key, indices in places.items():
         indices.sort()
-        steps = banks[key].steps.numpy()
+        numbers = banks[key].numbers.numpy()
         breaks = np.flatnonzero(np.diff(indices) != 1) + 1
         for part in np.split(np.array(indices), breaks):
-            yield steps[part[0] : part[-1] + 1]
+            yield numbers[part[0] : part[-1] + 1]

@@ -80,10 +80,11 @@ class DeviceExecutor(Executor):
             step = leaf.step + 1
             values = knobs.scalars[leaf.group].items()
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
-            h = rule.row(step.double(), **scalars)
+            h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
             factor = 1.0 if self._factors is None else self._factors[i].to(leaf.device)
             new = reference_update(rule, p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group])
-            for old, value in zip((leaf.step, p, *leaf.slots), (step, *new), strict=True):
+            numbers = (step, *h[: len(leaf.carried)])
+            for old, value in zip((leaf.step, *leaf.carried, p, *leaf.slots), (*numbers, *new), strict=True):
                 if self._skip is not None:
                     value = torch.where(self._skip.to(leaf.device), old.to(value.dtype), value)
                 old.copy_(value)

@@ -17,8 +17,8 @@ __all__ = ["ROW", "combine", "euclidean", "piece_sum", "row_norms"]
 
 # Elements whose squares are accumulated in the gradients' dtype, float32 at least (rounding: 1e-7 of a row's norm).
 ROW = 4096
-# Above this, a finite norm of many rows is as exact as its rows: no square overflowed, and what the rows lost to squares
-# below 1e-45 is less than 1e-12 of the whole.
+# Above this, a finite norm of many rows is as exact as its rows: no square overflowed, and what the rows lost to
+# squares below 1e-45 is less than 1e-12 of the whole.
 _LEAST = 1e-10
 _LEAST_WIDE, _MOST_WIDE = 1e-280, 1e300
 

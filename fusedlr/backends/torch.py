@@ -81,7 +81,7 @@ class HostExecutor(Executor):
         return scratch
 
     def _gradient(self, batch: Batch, grads: Sequence[Tensor], scratch: Tensor | None = None) -> Tensor:
-        """The gradients of a batch in the order of its parameters; gathered ones lie in a scratch and may be written."""
+        """The gradients of a batch in the order of its parameters; gathered ones are a scratch and may be written."""
         if len(batch.leaves) == 1:
             return batch.gradient(grads)
         if batch.gathered is None:
@@ -148,22 +148,21 @@ class HostExecutor(Executor):
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         if self._skip:
             return
-        steps = [call.step() for call in self._calls]
-        if None in steps:  # somebody has set the counts of some tensors
+        numbers = [call.numbers() for call in self._calls]
+        if None in numbers:  # somebody has set those of some tensors
             self._make_calls()
-            steps = [call.step() for call in self._calls]
-        for call, step in zip(self._calls, steps, strict=True):
-            assert step is not None
-            for span in call.steps:
-                span += 1.0
+            numbers = [call.numbers() for call in self._calls]
+        for call, taken in zip(self._calls, numbers, strict=True):
+            assert taken is not None
             scalars = {name: float(value) for name, value in knobs.scalars[call.group].items()}
+            h = None
+            if not call.has_operator or call.has_gaps:
+                h = call.rule.row(taken[0] + 1.0, *taken[1:], **scalars)
+            call.count(h)
             if call.has_operator:
                 self._by_operator(call, grads, scalars, knobs)
-            else:
-                self._by_rule(call, grads, call.rule.row(step, **scalars), knobs)
-            for batch in call.batches:
-                if batch.param is None:
-                    self._in_a_copy(batch, grads, step, scalars, knobs)
+            if h is not None:
+                self._by_rule(call, grads, h, knobs)
         self._gathered = False
 
     def _factor(self, batch: Batch) -> float:
@@ -217,6 +216,9 @@ class HostExecutor(Executor):
         limit, maximize = knobs.clip_numbers[2], knobs.maximize[call.group]
         for batch in call.batches:
             if batch.param is None:
+                self._in_a_copy(call.rule, batch, grads, h, knobs)
+                continue
+            if call.has_operator:
                 continue
             g = self._scaled(batch, self._gradient(batch, grads))
             factor = self._factor(batch) if len(batch.leaves) == 1 or len(self._factors or ()) == 1 else 1.0
@@ -226,14 +228,12 @@ class HostExecutor(Executor):
                     old.copy_(value)
 
     def _in_a_copy(
-        self, batch: Batch, grads: Sequence[Tensor], step: float, scalars: dict[str, float], knobs: Knobs
+        self, rule: Rule, batch: Batch, grads: Sequence[Tensor], h: Any, knobs: Knobs
     ) -> None:
         """Step a parameter whose strides leave gaps: by the reference rule, through a dense copy."""
         (leaf,) = batch.leaves
-        rule = self._rules[leaf.group]
         p = in_order(leaf.param.detach(), leaf)
-        h, factor, limit = rule.row(step, **scalars), self._factor(batch), knobs.clip_numbers[2]
-        g = self._gradient(batch, grads)
+        g, factor, limit = self._gradient(batch, grads), self._factor(batch), knobs.clip_numbers[2]
         new = reference_update(rule, p, g, batch.slots, h, factor, limit, knobs.maximize[leaf.group])
         for old, value in zip((p, *batch.slots), new, strict=True):
             old.copy_(value)
