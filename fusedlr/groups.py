@@ -37,7 +37,7 @@ _BETAS = {"beta1": 0, "beta2": 1}
 def read(group: Mapping[str, Any], name: str) -> Any:
     """A scalar of a group: a number, or a tensor where the user gave one."""
     value = group["betas"][_BETAS[name]] if name in _BETAS else group[name]
-    return float(value) if isinstance(value, bool) else value
+    return float(value) if type(value) is bool else value
 
 
 def write(group: dict[str, Any], name: str, value: float) -> None:

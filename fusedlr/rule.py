@@ -41,6 +41,8 @@ class Rule:
         aten: PyTorch's own fused CPU operator for the same rule, or None.
         carried: the keys of the numbers that a tensor carries, in the order ``row`` takes and returns them.
         start: what each slot, then each carried number, is before the first step; empty for zeros.
+        fold: other scalars with which ``aten`` makes of the gradients what it makes of ``factor`` times them with
+            these; ``fold(step, factor, scalars)`` is None where there are none. Saves a pass over large gradients.
     """
 
     update: Callable[..., tuple[Tensor, ...]]
@@ -51,6 +53,7 @@ class Rule:
     aten: AtenRule | None = None
     carried: tuple[str, ...] = ()
     start: tuple[float, ...] = ()
+    fold: Callable[[float, float, dict[str, float]], dict[str, float] | None] | None = None
 
     @property
     def name(self) -> str:

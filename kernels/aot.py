@@ -318,6 +318,13 @@ def _read_amdgcn(text: str) -> Code:
     )
 
 
+def _widest(kernel: Kernel) -> int:
+    """Bits of the widest access of a main loop: a tail treats single elements."""
+    constants = kernel.constants
+    bits = max(constants[name].primitive_bitwidth for name in ("P", "G", "S") if name in constants)
+    return int(min(128, constants["BLOCK"] // kernel.threads * bits))
+
+
 def _report(kernel: Kernel, code: Code) -> Report:
     def count(stores: bool, least: int, most: int) -> int:
         return sum(is_store == stores and least <= bits <= most for _, is_store, bits in code.accesses)
@@ -328,7 +335,7 @@ def _report(kernel: Kernel, code: Code) -> Report:
         within = [bits for place, _, bits in code.accesses if place in inside]
         stored = [bits for place, stores, bits in code.accesses if place in inside and stores]
         innermost = not any(first <= a and b <= last and (a, b) != (first, last) for a, b in code.loops)
-        if innermost and kernel.bytes_per_element and max(within, default=0) >= 128:
+        if innermost and kernel.bytes_per_element and max(within, default=0) >= _widest(kernel):
             local, fp64 = (sum(place in inside for place in places) for places in (code.local, code.fp64))
             loops.append(Loop(min(within), sum(within) // 8, len(inside), sum(stored) // 8, local, fp64))
     return Report(

@@ -71,11 +71,13 @@ def chunk_size_for(numel: int) -> int:
     return size
 
 
+@functools.cache
 def measure_constants(dtype: torch.dtype, mode: int, width: int) -> dict[str, Any]:
     """The compile-time arguments of measure."""
     return {"G": DTYPES[dtype], "MODE": mode, "WIDTH": width, "BLOCK": BLOCK}
 
 
+@functools.cache
 def decide_constants(
     row_name: str,
     factor_name: str,
@@ -106,6 +108,7 @@ def decide_constants(
     }
 
 
+@functools.cache
 def apply_constants(
     rule_name: str,
     hyper_name: str,

@@ -122,6 +122,7 @@ def step(
     COUNT: tl.constexpr,
     LAST: tl.constexpr,
     SCALARS: tl.constexpr,
+    CARRIED: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     MEASURE_BLOCK: tl.constexpr,
@@ -150,7 +151,8 @@ def step(
         decide(
             partials_ptr, n_partials, scale_offset, norm_type, tensors_ptr, n_tensors, scalars_ptr, addresses_ptr,
             values_ptr, n_scalars, tracks_ptr, program_ptr, table_ptr, n_tracks, max_rows, clock_ptr, advance,
-            rows_ptr, norm_ptr, skip_ptr, ROW, FACTOR, SCOPE, MODE, GUARD, COUNT, LAST, SCALARS, FIELDS, WIDE, LANES,
+            rows_ptr, norm_ptr, skip_ptr, ROW, FACTOR, SCOPE, MODE, GUARD, COUNT, LAST, SCALARS, FIELDS, CARRIED, WIDE,
+            LANES,
         )  # fmt: skip
         release(barrier_ptr)
     wait(barrier_ptr, released)

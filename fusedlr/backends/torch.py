@@ -25,6 +25,8 @@ __all__ = ["HostExecutor", "reference_update"]
 
 # Elements that a reference rule treats at once: its temporaries stay in the cache.
 RULE_CHUNK = 1 << 16
+# Clip factors below are multiplied into the gradients, not folded: weight_decay divided by them could overflow.
+_LEAST_FOLDED = 1e-12
 
 
 def reference_update(
@@ -160,7 +162,7 @@ class HostExecutor(Executor):
                 h = call.rule.row(taken[0] + 1.0, *taken[1:], **scalars)
             call.count(h)
             if call.has_operator:
-                self._by_operator(call, grads, scalars, knobs)
+                self._by_operator(call, taken[0] + 1.0, grads, scalars, knobs)
             if h is not None:
                 self._by_rule(call, grads, h, knobs)
         self._gathered = False
@@ -181,15 +183,34 @@ class HostExecutor(Executor):
             g[start : start + numel].mul_(self._factors[i])
         return g
 
-    def _by_operator(self, call: Call, grads: Sequence[Tensor], scalars: dict[str, float], knobs: Knobs) -> None:
+    def _by_operator(
+        self, call: Call, step: float, grads: Sequence[Tensor], scalars: dict[str, float], knobs: Knobs
+    ) -> None:
         limit = knobs.clip_numbers[2]
+        folded = None
+        if call.rule.fold is not None and limit == math.inf and self._factors is not None and len(self._factors) == 1:
+            (factor,) = self._factors
+            if _LEAST_FOLDED < factor < math.inf and factor != 1.0:
+                folded = call.rule.fold(step, factor, scalars)
+        if folded is not None:
+            for treated in call.rounds(False, self._scratch_of(call.leaf.dtype)):
+                self._treat(call, treated, grads, folded, knobs, limit, folded=True)
+            return
         clipped = limit != math.inf or (self._factors is not None and any(f != 1.0 for f in self._factors))
         for treated in call.rounds(clipped, self._scratch_of(call.leaf.dtype)):
             self._treat(call, treated, grads, scalars, knobs, limit)
 
     def _treat(
-        self, call: Call, treated: Round, grads: Sequence[Tensor], scalars: dict[str, float], knobs: Knobs, limit: float
+        self,
+        call: Call,
+        treated: Round,
+        grads: Sequence[Tensor],
+        scalars: dict[str, float],
+        knobs: Knobs,
+        limit: float,
+        folded: bool = False,
     ) -> None:
+        """One operator call; the factors of the clip are in the scalars already where they are folded."""
         gradients = []
         before: Batch | None = None
         for batch, start, stop, scratch in treated.pieces:
@@ -200,7 +221,7 @@ class HostExecutor(Executor):
                     whole = self._scaled(batch, whole)
                 before = batch
             g = whole if stop - start == batch.numel else whole[start:stop]
-            factor = self._factor(batch) if alone or len(self._factors or ()) == 1 else 1.0
+            factor = self._factor(batch) if not folded and (alone or len(self._factors or ()) == 1) else 1.0
             out = scratch if alone else g
             if factor != 1.0:
                 g = torch.mul(g, factor, out=out)

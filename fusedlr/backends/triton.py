@@ -25,6 +25,9 @@ from . import Executor, Knobs
 __all__ = ["TritonExecutor"]
 
 
+_NUMBERS = {float, int}
+
+
 def _send(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """The array on the device. The pinned source may be let go at once: torch keeps it until the copy has passed."""
     host = torch.from_numpy(array)
@@ -52,8 +55,13 @@ class _Sent:
 
     def update(self, array: np.ndarray[Any, Any]) -> Tensor:
         if self._host is None or not np.array_equal(self._host, array, equal_nan=array.dtype == np.float64):
-            self.tensor = _send(array, self._device)
+            self.send(array)
             self._host = array.copy()
+        return self.tensor
+
+    def send(self, array: np.ndarray[Any, Any]) -> Tensor:
+        """Send an array that is known to have changed."""
+        self.tensor = _send(array, self._device)
         return self.tensor
 
 
@@ -97,6 +105,7 @@ class Bucket:
         self.positions = positions
         self.rule = rules[leaves[0].group]
         self.device = leaves[0].device
+        self.here = _on(self.device)
         self.dtype = leaves[0].dtype
         self.chunk_size = launch.chunk_size_for(sum(leaf.numel for leaf in leaves))
         counts = [-(-leaf.numel // self.chunk_size) for leaf in leaves]
@@ -133,6 +142,10 @@ class Bucket:
         self._kept_scalars: list[Tensor] = []
         self._staged: list[tuple[Leaf, Tensor]] = []
         self._ordered: Sequence[bool] = ()
+        self._in_order = False
+        self._all = False  # whether all gradients of the executor are this bucket's, in their order
+        self._gapped = [i for i, leaf in enumerate(leaves) if leaf.flat is None]
+        self._given: list[Any] = []
 
     def place(self, first_partial: int) -> None:
         """Where this bucket's partials start among those of its device."""
@@ -150,25 +163,29 @@ class Bucket:
 
     def layout(self, ordered: Sequence[bool]) -> None:
         self._ordered = [ordered[i] for i in self.positions]
+        self._in_order = all(self._ordered)
+        self._all = len(ordered) == len(self.positions)
 
     def gather(self, grads: Sequence[Tensor]) -> Tensor:
         """The pointer table for these gradients; only those that lie in another order are copied."""
-        mine = [grads[i] for i in self.positions]
-        # Held until the next step: the kernels read them after this method returns.
-        self._keep = mine
-        if not all(self._ordered):
-            self._keep = mine = [
+        mine = grads if self._all else [grads[i] for i in self.positions]
+        if not self._in_order:
+            mine = [
                 g if ordered else in_order(g, leaf)
                 for g, leaf, ordered in zip(mine, self.leaves, self._ordered, strict=True)
             ]
-        self._segments[:, 1] = list(map(Tensor.data_ptr, mine))
-        # Parameters whose strides leave gaps are stepped in dense copies.
-        self._staged = [(leaf, in_order(leaf.param.detach(), leaf)) for leaf in self.leaves if leaf.flat is None]
-        copies = {id(leaf): copy for leaf, copy in self._staged}
-        for row, leaf in zip(self._segments, self.leaves, strict=True):
-            if leaf.flat is None:
-                row[0] = copies[id(leaf)].data_ptr()
-        return self._sent_segments.update(self._segments)
+        # Held until the next step: the kernels read them after this method returns.
+        self._keep = mine
+        pointers = np.fromiter(map(Tensor.data_ptr, mine), np.int64, len(mine))
+        if not self._gapped:
+            if np.array_equal(pointers, self._segments[:, 1]):
+                return self._sent_segments.tensor
+        else:  # parameters whose strides leave gaps are stepped in dense copies
+            gapped = [self.leaves[i] for i in self._gapped]
+            self._staged = [(leaf, in_order(leaf.param.detach(), leaf)) for leaf in gapped]
+            self._segments[self._gapped, 0] = [copy.data_ptr() for _, copy in self._staged]
+        self._segments[:, 1] = pointers
+        return self._sent_segments.send(self._segments)
 
     @property
     def segments(self) -> Tensor:
@@ -187,24 +204,32 @@ class Bucket:
             leaf.param.copy_(copy.as_strided(leaf.shape, leaf.strides))
         self._staged = []
 
-    def scalars(self, knobs: Knobs) -> tuple[Tensor, Tensor]:
-        """The groups' scalars, a sign behind each group's and the clip's numbers last; the tensors among them."""
-        width = len(self.rule.scalars) + 1
-        values = np.zeros(len(knobs.scalars) * width + 3)
-        addresses = np.zeros(values.shape, dtype=np.int64)
+    def scalars(self, knobs: Knobs, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The groups' scalars, a sign behind each group's and the clip's numbers last; the tensors among them.
+
+        ``targets`` are the places of those that a schedule drives. They are computed on the device: left out here, they
+        keep the table from travelling in every step.
+        """
+        names = self.rule.scalars
+        given: list[Any] = []
+        for scalars, maximize in zip(knobs.scalars, knobs.maximize, strict=True):
+            given += [scalars.get(name, 0.0) for name in names]
+            given.append(-1.0 if maximize else 1.0)
+        given += knobs.clip_numbers
+        for target in targets:
+            given[target] = 0.0
+        # Tensors may have been written in place; numbers that are equal need no second look.
+        has_tensors = not _NUMBERS.issuperset(map(type, given))
+        if not has_tensors and given == self._given:
+            return self._sent_scalars.tensor, self._sent_pointers.tensor
+        self._given = [] if has_tensors else given
+        values, addresses = np.zeros(len(given)), np.zeros(len(given), dtype=np.int64)
         self._kept_scalars = []
-        for g, scalars in enumerate(knobs.scalars):
-            for i, name in enumerate(self.rule.scalars):
-                value = scalars.get(name, 0.0)
-                if isinstance(value, Tensor) and value.device == self.device and self.device.type != "cpu":
-                    addresses[g * width + i] = self._address(value)
-                else:
-                    values[g * width + i] = float(value)
-            values[g * width + width - 1] = -1.0 if knobs.maximize[g] else 1.0
-        values[-3:] = knobs.clip_numbers
-        # A scheduled scalar is computed on the device; leaving it out here keeps the table from travelling each step.
-        for target, _ in self.tracks_of(knobs):
-            values[target] = 0.0
+        for i, value in enumerate(given):
+            if isinstance(value, Tensor) and value.device == self.device and self.device.type != "cpu":
+                addresses[i] = self._address(value)
+            else:
+                values[i] = float(value)
         if self.values.numel() != values.size:
             self.values = torch.empty(values.size, dtype=torch.float64, device=self.device)
         return self._sent_scalars.update(values), self._sent_pointers.update(addresses)
@@ -228,9 +253,8 @@ class Bucket:
             tracks.append((len(knobs.schedules) * width, (knobs.max_norm_schedule, knobs.clip.numbers[0])))
         return tracks
 
-    def programs(self, knobs: Knobs) -> tuple[Tensor, Tensor, Tensor, int]:
+    def programs(self, tracks: list[tuple[int, Any]]) -> tuple[Tensor, Tensor, Tensor, int]:
         """The tracks, the rows and the table of values of the schedules, and the largest number of rows."""
-        tracks = self.tracks_of(knobs)
         if self._programs[0] != tracks:
             packed = pack([schedule.rows(base) for _, (schedule, base) in tracks])
             targets = np.array([target for target, _ in tracks], dtype=np.int64)
@@ -282,7 +306,10 @@ class TritonExecutor(Executor):
     """Steps tensors with the three kernels: at most three launches a bucket."""
 
     def __init__(self, leaves: list[Leaf], positions: list[int] | None) -> None:
+        from fusedlr.kernels import launch
+
         super().__init__(leaves, positions)
+        self._launch = launch
         self._buckets: list[Bucket] = []
         self._partials: dict[torch.device, Tensor] = {}
         self._n_partials = 0
@@ -308,11 +335,9 @@ class TritonExecutor(Executor):
 
     def _barrier_if_asked(self) -> Tensor | None:
         """``FUSEDLR_ONE_LAUNCH=1`` asks for one launch a step, where one bucket is all there is."""
-        from fusedlr.kernels import launch
-
         (bucket, *others) = self._buckets
         asked = os.environ.get("FUSEDLR_ONE_LAUNCH", "0") not in ("", "0")
-        if not asked or others or not bucket.n_chunks or not launch.can_launch_step(bucket.device, bucket.dtype):
+        if not asked or others or not bucket.n_chunks or not self._launch.can_launch_step(bucket.device, bucket.dtype):
             return None
         return torch.zeros(1, dtype=torch.int64, device=bucket.device)
 
@@ -321,16 +346,14 @@ class TritonExecutor(Executor):
             bucket.layout(ordered)
 
     def measure(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
-        from fusedlr.kernels import launch
-
-        self._mode = launch.mode_for(knobs.norm_type, [bucket.dtype for bucket in self._buckets])
+        self._mode = self._launch.mode_for(knobs.norm_type, [bucket.dtype for bucket in self._buckets])
         for bucket in self._buckets:
             segments = bucket.gather(grads)
             if bucket.n_chunks and not self._in_one(knobs):
                 # A narrow bucket beside a float64 one is measured the fast way too; its scales are 1.
-                mode = launch.mode_for(knobs.norm_type, [bucket.dtype])
-                with _on(bucket.device):
-                    launch.launch_measure(
+                mode = self._launch.mode_for(knobs.norm_type, [bucket.dtype])
+                with bucket.here:
+                    self._launch.launch_measure(
                         bucket.n_chunks,
                         segments,
                         bucket.chunks,
@@ -353,8 +376,9 @@ class TritonExecutor(Executor):
 
     def _decide_arguments(self, bucket: Bucket, knobs: Knobs) -> tuple[list[Any], dict[str, Any]]:
         """What decide reads and writes for a bucket, and its compile-time choices."""
-        scalars, addresses = bucket.scalars(knobs)
-        tracks, program, table, max_rows = bucket.programs(knobs)
+        driven = bucket.tracks_of(knobs)
+        scalars, addresses = bucket.scalars(knobs, [target for target, _ in driven])
+        tracks, program, table, max_rows = bucket.programs(driven)
         last = {each.device: each for each in self._buckets}
         arguments = [
             self._partials[bucket.device],
@@ -395,19 +419,17 @@ class TritonExecutor(Executor):
             "clamp": knobs.clip_numbers[2] != float("inf"),
             "dtype": bucket.dtype,
             "grad_dtype": bucket.dtype,
-            "state_dtypes": [slot.dtype for slot in bucket.leaves[0].slots],
+            "state_dtypes": tuple(slot.dtype for slot in bucket.leaves[0].slots),
         }
 
     def _step(self, knobs: Knobs) -> None:
         """Measure, decide and apply the only bucket, whose gradients are gathered, in one launch."""
-        from fusedlr.kernels import launch
-
         assert self._barrier is not None
         (bucket,) = self._buckets
         arguments, choices = self._decide_arguments(bucket, knobs)
         choices |= self._apply_choices(bucket, knobs)
-        with _on(bucket.device):
-            launch.launch_step(
+        with bucket.here:
+            self._launch.launch_step(
                 self._barrier,
                 bucket.n_chunks,
                 bucket.segments,
@@ -419,16 +441,14 @@ class TritonExecutor(Executor):
             )
 
     def decide(self, knobs: Knobs) -> bool:
-        from fusedlr.kernels import launch
-
         if self._in_one(knobs):
             if knobs.measures:  # else the gradients are not gathered before apply
                 self._step(knobs)
         else:
             for bucket in self._buckets:
                 arguments, choices = self._decide_arguments(bucket, knobs)
-                with _on(bucket.device):
-                    launch.launch_decide(*arguments, **choices)
+                with bucket.here:
+                    self._launch.launch_decide(*arguments, **choices)
         if knobs.nonfinite == "raise" and int(self._buckets[0].skip):  # to raise is to wait for the device
             raise FloatingPointError("the gradients hold an inf or NaN, and nonfinite='raise'; nothing was changed")
         if knobs.nonfinite != "skip":
@@ -445,16 +465,14 @@ class TritonExecutor(Executor):
         return self._mirror.poll()
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
-        from fusedlr.kernels import launch
-
         for bucket in self._buckets:
             segments = bucket.segments if knobs.measures else bucket.gather(grads)
             if self._in_one(knobs):
                 if not knobs.measures:
                     self._step(knobs)
             elif bucket.n_chunks:
-                with _on(bucket.device):
-                    launch.launch_apply(
+                with bucket.here:
+                    self._launch.launch_apply(
                         bucket.n_chunks,
                         segments,
                         bucket.chunks,

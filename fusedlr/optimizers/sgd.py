@@ -75,9 +75,22 @@ def _aten_sgd(
     )
 
 
+def _fold(step: float, factor: float, scalars: dict[str, float]) -> dict[str, float]:
+    """c*g + weight_decay*p is c*(g + weight_decay/c*p), and the rule is linear in it."""
+    return {**scalars, "lr": scalars["lr"] * factor, "weight_decay": scalars["weight_decay"] / factor}
+
+
+def _fold_momentum(step: float, factor: float, scalars: dict[str, float]) -> dict[str, float] | None:
+    """The same, with c in the share of the gradient in the buffer; the first step has none, and Nesterov's two."""
+    if step == 1.0 or scalars["nesterov"]:
+        return None
+    dampening = 1.0 - (1.0 - scalars["dampening"]) * factor
+    return {**scalars, "dampening": dampening, "weight_decay": scalars["weight_decay"] / factor}
+
+
 _SCALARS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
-_PLAIN = Rule(sgd, sgd_row, SGDHyper, _SCALARS, (), _aten_sgd)
-_MOMENTUM = Rule(sgd_momentum, sgd_row, SGDHyper, _SCALARS, ("momentum_buffer",), _aten_sgd)
+_PLAIN = Rule(sgd, sgd_row, SGDHyper, _SCALARS, (), _aten_sgd, fold=_fold)
+_MOMENTUM = Rule(sgd_momentum, sgd_row, SGDHyper, _SCALARS, ("momentum_buffer",), _aten_sgd, fold=_fold_momentum)
 
 
 class SGD(FusedOptimizer):
