@@ -23,10 +23,11 @@ from .norms import ROW
 
 __all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces"]
 
-# Elements of a clipped piece of a large tensor, and of the longest batch of small ones.
-CHUNK = 1 << 18
-# Elements of scratch that are filled before the operator that reads them is called: they stay in the cache.
-ROUND = 1 << 19
+# Elements of a clipped piece of a large tensor, and of scratch that is filled before the operator that reads it is
+# called: they stay in the last cache. Shorter pieces cost more in calls and in started streams than they save.
+CHUNK = ROUND = 1 << 20
+# Elements of the longest batch of small tensors.
+LONGEST = 1 << 18
 # Elements of gathered gradients that are kept from the norm to the update, instead of being gathered again.
 KEPT = 1 << 19
 
@@ -203,7 +204,7 @@ def _continues(first: Leaf, last: Leaf, leaf: Leaf) -> bool:
         return False
     if leaf.home.start - first.home.start != leaf.bank_start - first.bank_start:
         return False
-    return leaf.bank_start + leaf.numel - first.bank_start <= CHUNK
+    return leaf.bank_start + leaf.numel - first.bank_start <= LONGEST
 
 
 def _spans(leaves: Sequence[Leaf]) -> Iterator[np.ndarray[Any, Any]]:
