@@ -29,6 +29,9 @@ RULE_CHUNK = 1 << 16
 _LEAST_FOLDED = 1e-12
 
 
+_NOTHING: tuple[Batch | None, Tensor] = (None, torch.empty(0))
+
+
 def reference_update(
     rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
 ) -> tuple[Tensor, ...]:
@@ -55,6 +58,7 @@ class HostExecutor(Executor):
         self._pairs: list[list[tuple[float, float]]] = []
         self._norm: float | None = None  # the global norm, where it is known without the pairs
         self._gathered = False  # whether batches hold the gradients of this step
+        self._current = _NOTHING  # the batch at work and its gradient
         self._factors: list[float] | None = None
         self._skip = False
 
@@ -150,6 +154,7 @@ class HostExecutor(Executor):
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         if self._skip:
             return
+        self._current = _NOTHING
         numbers = [call.numbers() for call in self._calls]
         if None in numbers:  # somebody has set those of some tensors
             self._make_calls()
@@ -166,6 +171,7 @@ class HostExecutor(Executor):
             if h is not None:
                 self._by_rule(call, grads, h, knobs)
         self._gathered = False
+        self._current = _NOTHING
 
     def _factor(self, batch: Batch) -> float:
         """The clip factor of a batch of one leaf, or of any batch where there is one for all."""
@@ -212,14 +218,12 @@ class HostExecutor(Executor):
     ) -> None:
         """One operator call; the factors of the clip are in the scalars already where they are folded."""
         gradients = []
-        before: Batch | None = None
         for batch, start, stop, scratch in treated.pieces:
             alone = len(batch.leaves) == 1
-            if batch is not before:
-                whole = self._gradient(batch, grads, scratch)
-                if not alone:
-                    whole = self._scaled(batch, whole)
-                before = batch
+            # A gradient that had to be brought into order is not copied again for each of its rounds.
+            if batch is not self._current[0]:
+                self._current = batch, self._scaled(batch, self._gradient(batch, grads, scratch))
+            whole = self._current[1]
             g = whole if stop - start == batch.numel else whole[start:stop]
             factor = self._factor(batch) if not folded and (alone or len(self._factors or ()) == 1) else 1.0
             out = scratch if alone else g
