@@ -116,7 +116,7 @@ def apply_constants(
     clamp: bool,
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
-    state_dtypes: Sequence[torch.dtype],
+    state_dtypes: tuple[torch.dtype, ...],
 ) -> dict[str, Any]:
     """The compile-time arguments of apply; the slots of a rule share one dtype."""
     if len(set(state_dtypes)) > 1:
@@ -251,7 +251,7 @@ def launch_apply(
     clamp: bool,
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
-    state_dtypes: Sequence[torch.dtype],
+    state_dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """One pass over parameters and state."""
     apply[(n_chunks,)](
@@ -323,7 +323,7 @@ def launch_step(
     hyper_name: str,
     clamp: bool,
     grad_dtype: torch.dtype,
-    state_dtypes: Sequence[torch.dtype],
+    state_dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """The three launches in one; ``barrier`` is one int64 of the bucket, 0 before its first step."""
     constants = step_constants(

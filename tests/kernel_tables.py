@@ -196,6 +196,6 @@ def applied(
         clamp=limit != math.inf,
         dtype=dtype,
         grad_dtype=grads[0].dtype,
-        state_dtypes=[state.dtype for state in arrays[0][1:]],
+        state_dtypes=tuple(state.dtype for state in arrays[0][1:]),
     )
     return placed

@@ -289,7 +289,7 @@ def awkward_numbers() -> Tensor:
 @pytest.mark.parametrize("dtype", NARROW, ids=short)
 @pytest.mark.parametrize("how", ["what launches use", "nearest_interpreted"])
 def test_storage_rounds_to_nearest_even_as_torch_does(how: str, dtype: torch.dtype, seed: int) -> None:
-    chosen = launch.apply_constants("sgd", "SGDHyper", clamp=False, dtype=dtype, grad_dtype=dtype, state_dtypes=[])[
+    chosen = launch.apply_constants("sgd", "SGDHyper", clamp=False, dtype=dtype, grad_dtype=dtype, state_dtypes=())[
         "ROUND"
     ]
     x = awkward_numbers().to(DEVICE)
