@@ -180,6 +180,9 @@ def test_bytes_of_bfloat16_parameters_with_float32_state(traffic: Traffic) -> No
     assert 24 < traffic.bytes / sum(p.numel() for p in params) <= limit
 
 
+# Random state may be none that a run leads to: centered RMSprop takes the root of a negative number then. Only the
+# accesses count here.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt:RuntimeWarning")
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32], ids=["param", "fp32"])
 @pytest.mark.parametrize("name", RULES)
 def test_apply_of_every_rule_touches_everything_once(traffic: Traffic, name: str, state_dtype: torch.dtype) -> None:
