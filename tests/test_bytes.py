@@ -26,7 +26,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 import fusedlr
 from fusedlr import clipping
-from fusedlr.backends import triton as backend
+from fusedlr.backends import buckets as backend
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="accesses are counted in Triton's interpreter")
 
@@ -40,7 +40,7 @@ class Traffic:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.accesses: list[tuple[bool, Any, int]] = []  # (whether it stores, addresses, bytes of each)
         self.sent = 0
-        load, store, send = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, backend._send
+        load, store, send = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, backend.send
         update, exchange = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_atomic_cas
 
         # The unmasked ones call these.
@@ -71,7 +71,7 @@ class Traffic:
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", storing)
         monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", updating)
         monkeypatch.setattr(InterpreterBuilder, "create_atomic_cas", exchanging)
-        monkeypatch.setattr(backend, "_send", sending)
+        monkeypatch.setattr(backend, "send", sending)
 
     def _add(self, stores: bool, ptrs: Any, mask: Any = None) -> None:
         active = ptrs.data[np.broadcast_to(True if mask is None else mask.data, ptrs.data.shape)]

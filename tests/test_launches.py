@@ -15,7 +15,7 @@ from fusedlr.kernels import launch
 
 import fusedlr
 from fusedlr import schedules
-from fusedlr.backends import triton as backend
+from fusedlr.backends import buckets as backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = ("launch_measure", "launch_decide", "launch_apply")
@@ -30,13 +30,13 @@ class Watch:
         self.run = True
         for name in KERNELS:
             self._wrap(monkeypatch, name, getattr(launch, name))
-        send = backend._send
+        send = backend.send
 
         def sending(array: Any, device: torch.device) -> torch.Tensor:
             self.sent.append(array.copy())
             return send(array, device)
 
-        monkeypatch.setattr(backend, "_send", sending)
+        monkeypatch.setattr(backend, "send", sending)
 
     def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str, original: Any) -> None:
         def launching(*args: Any, **kwargs: Any) -> None:
