@@ -20,15 +20,19 @@ __all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip"]
 
 def clip_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
     """min(1, max_norm/(norm + eps)) for a float or a tensor; a NaN norm gives NaN, as in torch's clip_grad_norm_."""
-    factor = max_norm / (norm + eps)
-    if isinstance(factor, Tensor):
-        return torch.clamp(factor, max=1.0)
-    return 1.0 if factor >= 1.0 else factor
+    if isinstance(norm, Tensor):
+        return torch.clamp(max_norm / (norm + eps), max=1.0)
+    whole = norm + eps
+    # Python raises for x/0, where tensors have inf.
+    return 1.0 if whole == 0.0 or max_norm / whole >= 1.0 else max_norm / whole
 
 
 def normalize_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
     """1/(norm + eps) for a float or a tensor; ``max_norm`` is not used."""
-    return 1.0 / (norm + eps)
+    if isinstance(norm, Tensor):
+        return 1.0 / (norm + eps)
+    whole = norm + eps
+    return math.inf if whole == 0.0 else 1.0 / whole
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class GlobalNorm(Clip):
 
     Raises:
         ValueError: for a value outside its range.
+        TypeError: for a value that is no number.
 
     This is :func:`torch.nn.utils.clip_grad_norm_`, after Pascanu et al., "On the difficulty of training recurrent
     neural networks" (2013); the norm is accumulated in float32 or wider whatever the dtype of the gradients.
@@ -119,6 +124,7 @@ class TensorNorm(Clip):
 
     Raises:
         ValueError: for a value outside its range.
+        TypeError: for a value that is no number.
 
     Keras calls it ``clipnorm`` (there without eps).
 
@@ -156,6 +162,7 @@ class Value(Clip):
 
     Raises:
         ValueError: for a limit that is not > 0.
+        TypeError: for a limit that is no number.
 
     This is :func:`torch.nn.utils.clip_grad_value_`. It measures no norm; a NaN stays NaN.
 
@@ -184,12 +191,13 @@ class Normalize(Clip):
 
     Args:
         scope: "tensor" or "global".
-        eps: added to the (Euclidean) norm, >= 0.
+        eps: added to the (Euclidean) norm, >= 0; with 0, a gradient of zeros becomes NaN.
 
     Raises:
         ValueError: for another scope or a negative eps.
+        TypeError: for an eps that is no number.
 
-    optax calls it ``normalize_by_update_norm``.
+    ``Normalize("global")`` is optax's ``normalize_by_update_norm``.
 
     Example:
         >>> from fusedlr.clipping import Normalize
