@@ -148,7 +148,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def next_lr(self) -> list[float]:
         """The lr that the next step will use, one float a param group."""
-        return [float(values["lr"]) for values in self._scalars()]
+        return [float(values["lr"]) for values in self._scalars()[0]]
 
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("\n")
@@ -240,8 +240,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: for a gradient that does not fit its parameter; nothing has changed then.
             FloatingPointError: with ``nonfinite="raise"``, for an inf or NaN; nothing has changed then.
         """
-        if torch._C._autograd._profiler_enabled() or any(
-            (_global_pre_hooks, _global_post_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or torch._C._autograd._profiler_enabled()
         ):
             return _hooked_step(self, closure)
         return self._step(closure)
@@ -269,7 +273,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for executor in plan.executors:
             arrived = executor.arrived_clock()
             self._t = self._t if arrived is None else arrived
-        scalars = self._scalars()
+        scalars, driven = self._scalars()
         knobs = Knobs(
             scalars=scalars,
             maximize=[bool(group["maximize"]) for group in self.param_groups],
@@ -291,7 +295,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._plan = None
             raise
         if not skipped:
-            self._show(scalars)
+            for scheduled, value in driven:
+                scheduled.show(value)
+            self._last_lr = [values["lr"] for values in scalars]
             self._t += knobs.advance
 
     def _gather(self) -> tuple[Plan, list[Tensor], list[Bank]]:
@@ -362,16 +368,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             clock[1].fill_(self._skipped_before)
         return self._clocks[device]
 
-    def _scalars(self) -> list[dict[str, Any]]:
-        """The hyper-parameters of the next step, one dict a group; the groups themselves are not changed."""
-        values = []
+    def _scalars(self) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
+        """The hyper-parameters of the next step, one dict a group, and which of them a schedule drives, to what value.
+
+        The groups themselves are not changed.
+        """
+        values, driven = [], []
         for group, scheduled in zip(self.param_groups, self._schedules, strict=True):
             scalars = {name: read(group, name) for name in self._rule(group).scalars}
             for s in scheduled:
                 if not s.overridden():
-                    scalars[s.name] = s.at(self._t)
+                    scalars[s.name] = value = s.at(self._t)
+                    driven.append((s, value))
             values.append(scalars)
-        return values
+        return values, driven
 
     def _clip_numbers(self) -> tuple[float, float, float]:
         if self._clip is None:
@@ -380,13 +390,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._max_norm_schedule is not None:
             max_norm = self._max_norm_schedule(self._t, max_norm)
         return max_norm, eps, limit
-
-    def _show(self, scalars: list[dict[str, Any]]) -> None:
-        for values, scheduled in zip(scalars, self._schedules, strict=True):
-            for s in scheduled:
-                if not s.overridden():
-                    s.show(values[s.name])
-        self._last_lr = [values["lr"] for values in scalars]
 
     def _is_hidden_step(self, banks: list[Bank]) -> bool:
         """Whether this is the first step ever, with every lr 0, and those that have a schedule overridden.
