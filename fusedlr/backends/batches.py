@@ -101,7 +101,8 @@ class Round(NamedTuple):
 class Call:
     """Batches of one group, dtype and count of steps."""
 
-    __slots__ = ("_numbers", "_rounds", "_seen", "_taken", "batches", "group", "has_gaps", "has_operator", "leaf", "rule")
+    __slots__ = ("_numbers", "_rounds", "_seen", "_taken", "batches", "group", "has_gaps", "has_operator", "leaf",
+                 "rule")  # fmt: skip
 
     def __init__(self, rule: Rule, batches: list[Batch]) -> None:
         self.rule = rule
