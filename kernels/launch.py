@@ -282,17 +282,14 @@ def trust_constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compile-time arguments of trust_norms and of trust_ratios, beside the apply of the same arguments."""
     direction, ratio = (getattr(rules, name) for name in trust_rules.TRUSTS[rule_name])
-    apply = apply_constants(
-        rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
-    )
+    read = state_dtypes[: len(direction.arg_names) - 3]  # all but p, g and h
+    apply = apply_constants(rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=read)
     shared = {name: apply[name] for name in ("HYPER", "FIELDS")}
     shared["MODE"] = mode_for(2.0, [dtype])
-    norms = {name: apply[name] for name in ("CLIP", "P", "G", "S", "WIDE", "BLOCK", "TAIL")}
+    norms = {name: apply[name] for name in ("CLIP", "P", "G", "S", "SLOTS", "WIDE", "BLOCK", "TAIL")}
     norms |= {
         "DIRECTION": direction,
         "WIDTH": 3 + len(state_dtypes),
-        "SLOTS": len(direction.arg_names) - 3,  # all but p, g and h
-        "BITS": tl.int64 if dtype == torch.float64 else tl.int32,
         "ROWS": THREADS,
     }
     return norms | shared, {"RATIO": ratio, "LANES": LANES} | shared

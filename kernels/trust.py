@@ -1,39 +1,35 @@
 """trust: the second reduction of a step, for rules whose step depends on norms of parameter and direction.
 
 ``trust_norms`` reads what the direction of a step is made of, chunk by chunk, and stores nothing but partial sums;
-``trust_ratios`` adds up those of each tensor, in their order, and puts the ratio into the last field of the tensor's row,
-where ``apply`` finds it. A partial is as in ``measure``; there are two a chunk, the parameter's and the direction's.
+``trust_ratios`` adds up those of each tensor, in their order, and puts the ratio into the last field of the tensor's
+row, where ``apply`` finds it. A partial is as in ``measure``; a chunk has two, its parameters' and its directions'.
 """
 
 import triton
 import triton.language as tl
 
 from .decide import global_norm
-from .measure import BIG, EUCLID, FLOOR, GROW, POWER, SHRINK
+from .measure import EUCLID, FLOOR, GROW, SHRINK
 from .segments import GRAD, HEAD, PARAM, block_of, chunk_of, pointer
 
 __all__ = ["trust_norms", "trust_ratios"]
 
+# A plain sum of squares from FLOOR to HIGH is good: none of its squares overflowed, and those that became 0 are too
+# small to count, as in measure. Other chunks are read once more, and scaled before they are squared. A chunk of zeros
+# is one of them: to tell it apart, as measure does, would cost instructions that memory leaves no time for.
+HIGH = tl.constexpr(2.0**100)
 # The same for float64, whose squares leave the range beyond about 1e154 and below 1e-154.
-BIG_64 = tl.constexpr(2.0**500)
 FLOOR_64 = tl.constexpr(2.0**-900)
+HIGH_64 = tl.constexpr(2.0**1000)
 SHRINK_64 = tl.constexpr(2.0**-600)
 GROW_64 = tl.constexpr(2.0**600)
 
 
 @triton.jit
-def add_squares(x, factor, bound, total, top, ROWS: tl.constexpr):
-    """Add the squares of factor*x, at most bound**2 each, and raise the largest magnitude of x.
-
-    The magnitude is the bits of a number that is not negative: they are in order, and a NaN is the largest. Each thread
-    adds up its own elements: an accumulator for each would cost more registers than there are.
-    """
-    SHAPE: tl.constexpr = [ROWS, x.shape[0] // ROWS]
-    size = tl.abs(x)
-    bits = size.to(top.dtype, bitcast=True)
-    least = tl.minimum(size * factor, bound, propagate_nan=tl.PropagateNan.ALL)
-    total += tl.sum(tl.reshape(least * least, SHAPE), axis=1)
-    return total, tl.maximum(top, tl.max(tl.reshape(bits, SHAPE), axis=1))
+def add_squares(x, factor, total, ROWS: tl.constexpr):
+    """Add the squares of factor*x. Each thread adds up its own: an accumulator for each takes too many registers."""
+    x = x * factor
+    return total + tl.sum(tl.reshape(x * x, [ROWS, x.shape[0] // ROWS]), axis=1)
 
 
 @triton.jit
@@ -55,45 +51,40 @@ def block_terms(
 
 @triton.jit
 def chunk_sums(
-    p_ptr, g_ptr, state_ptrs, start, full, stop, h, grad_scale, limit, p_factor, factor, bound,
-    DIRECTION: tl.constexpr, CLIP: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    p_ptr, g_ptr, state_ptrs, start, full, stop, h, grad_scale, limit, p_factor, factor,
+    DIRECTION: tl.constexpr, CLIP: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(sum of squares, largest magnitude) of the parameters of a chunk, and of its directions."""
+    """The sums of squares of the parameters of a chunk and of its directions, each scaled by its factor."""
     p_total = tl.zeros([ROWS], WIDE)
     total = tl.zeros([ROWS], WIDE)
-    p_top = tl.zeros([ROWS], BITS)
-    top = tl.zeros([ROWS], BITS)
     lanes = tl.arange(0, BLOCK)
     for offset in range(start, full, BLOCK):
-        left = ((stop - offset) // 16 * 16).to(tl.int32)
+        left = ((stop - offset) // 16 * 16).to(tl.int32)  # as in apply: the mask is the same for all of an access
         p, direction = block_terms(
             p_ptr, g_ptr, state_ptrs, offset, lanes, lanes < left, h, grad_scale, limit, True,
             DIRECTION, CLIP, SLOTS, WIDE,
         )  # fmt: skip
-        p_total, p_top = add_squares(p, p_factor, bound, p_total, p_top, ROWS)
-        total, top = add_squares(direction, factor, bound, total, top, ROWS)
+        p_total = add_squares(p, p_factor, p_total, ROWS)
+        total = add_squares(direction, factor, total, ROWS)
     few = tl.arange(0, TAIL)
     for offset in range(full, stop, TAIL):
         p, direction = block_terms(
             p_ptr, g_ptr, state_ptrs, offset, few, offset + few < stop, h, grad_scale, limit, False,
             DIRECTION, CLIP, SLOTS, WIDE,
         )  # fmt: skip
-        p_total, p_top = add_squares(p, p_factor, bound, p_total, p_top, ROWS)
-        total, top = add_squares(direction, factor, bound, total, top, ROWS)
-    return tl.sum(p_total), tl.max(p_top), tl.sum(total), tl.max(top)
+        p_total = add_squares(p, p_factor, p_total, ROWS)
+        total = add_squares(direction, factor, total, ROWS)
+    return tl.sum(p_total), tl.sum(total)
 
 
 @triton.jit
-def factor_for(total, top, WIDE: tl.constexpr):
-    """By what a chunk must be multiplied before it is squared: 1 where the plain sum of squares is good."""
-    largest = top.to(WIDE, bitcast=True)
+def factor_for(total, WIDE: tl.constexpr):
+    """By what a chunk must be multiplied before it is squared; 1 where the plain sum is good."""
     if WIDE == tl.float64:  # noqa: SIM300
-        low = tl.where((largest > 0.0) & (total < FLOOR_64), GROW_64, 1.0)
-        factor = tl.where(largest <= BIG_64, low, SHRINK_64)  # a NaN included
+        factor = tl.where(total < FLOOR_64, GROW_64, tl.where(total < HIGH_64, 1.0, SHRINK_64))
     else:
-        low = tl.where((largest > 0.0) & (total < FLOOR), GROW, 1.0)
-        factor = tl.where(largest <= BIG, low, SHRINK)
+        factor = tl.where(total < FLOOR, GROW, tl.where(total < HIGH, 1.0, SHRINK))
     return factor.to(WIDE)
 
 
@@ -134,7 +125,6 @@ def trust_norms(
     WIDTH: tl.constexpr,  # of a row of the pointer table
     SLOTS: tl.constexpr,  # of the state, those that the direction takes
     WIDE: tl.constexpr,
-    BITS: tl.constexpr,  # integers as wide as WIDE
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -162,18 +152,16 @@ def trust_norms(
         full = tl.where(aligned, start + (stop - start) // 16 * 16, start)
 
         one = tl.full([], 1.0, WIDE)
-        bound = tl.full([], BIG_64 if MODE == POWER else BIG, WIDE)  # what is beyond must not overflow
-        p_total, p_top, total, top = chunk_sums(
-            p_ptr, g_ptr, state_ptrs, start, full, stop, h, grad_scale, limit, one, one, bound,
-            DIRECTION, CLIP, SLOTS, WIDE, BITS, BLOCK, TAIL, ROWS,
+        p_total, total = chunk_sums(
+            p_ptr, g_ptr, state_ptrs, start, full, stop, h, grad_scale, limit, one, one,
+            DIRECTION, CLIP, SLOTS, WIDE, BLOCK, TAIL, ROWS,
         )  # fmt: skip
-        p_factor = factor_for(p_total, p_top, WIDE)
-        factor = factor_for(total, top, WIDE)
+        p_factor = factor_for(p_total, WIDE)
+        factor = factor_for(total, WIDE)
         if (p_factor != 1.0) | (factor != 1.0):
-            p_total, p_top, total, top = chunk_sums(
+            p_total, total = chunk_sums(
                 p_ptr, g_ptr, state_ptrs, start, full, stop, h, grad_scale, limit, p_factor, factor,
-                tl.full([], float("inf"), WIDE),
-                DIRECTION, CLIP, SLOTS, WIDE, BITS, BLOCK, TAIL, ROWS,
+                DIRECTION, CLIP, SLOTS, WIDE, BLOCK, TAIL, ROWS,
             )  # fmt: skip
         store_partial(sums_ptr + chunk, p_total, p_factor, 2 * n_chunks, MODE)
         store_partial(sums_ptr + n_chunks + chunk, total, factor, 2 * n_chunks, MODE)

@@ -27,8 +27,8 @@ class LAMBHyper(NamedTuple):
     one_minus_beta2: Any
     eps: Any
     weight_decay: Any
-    bias_correction1: Any
-    bias_correction2_sqrt: Any
+    unbias1: Any
+    unbias2_sqrt: Any
     trust_clip: Any
     trust: Any
 
@@ -67,18 +67,18 @@ HYPERS: dict[str, tuple[Any, Any]] = {
 
 @triton.jit
 def lamb_row(step, lr, beta1, beta2, eps, weight_decay, bias_correction, grad_averaging, trust_clip):
-    correction1 = tl.where(bias_correction != 0.0, -expm1_log(step, beta1), 1.0)
-    correction2_sqrt = tl.where(bias_correction != 0.0, tl.sqrt(-expm1_log(step, beta2)), 1.0)
+    unbias1 = tl.where(bias_correction != 0.0, 1.0 / -expm1_log(step, beta1), 1.0)
+    unbias2_sqrt = tl.where(bias_correction != 0.0, tl.sqrt(1.0 / -expm1_log(step, beta2)), 1.0)
     grad_weight = tl.where(grad_averaging != 0.0, 1.0 - beta1, 1.0)
-    return (lr, beta1, grad_weight, beta2, 1.0 - beta2, eps, weight_decay, correction1, correction2_sqrt, trust_clip,
+    return (lr, beta1, grad_weight, beta2, 1.0 - beta2, eps, weight_decay, unbias1, unbias2_sqrt, trust_clip,
             step * 0.0 + 1.0)  # fmt: skip
 
 
 @triton.jit
 def lamb_update(p, exp_avg, exp_avg_sq, h):
-    """(exp_avg/bias_correction1) / (sqrt(exp_avg_sq)/bias_correction2_sqrt + eps) + weight_decay*p."""
-    denom = root(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
-    return decayed(exp_avg / (h.bias_correction1 * denom), p, h.weight_decay)
+    """exp_avg*unbias1 / (sqrt(exp_avg_sq)*unbias2_sqrt + eps) + weight_decay*p."""
+    denom = root(exp_avg_sq) * h.unbias2_sqrt + h.eps
+    return decayed(exp_avg * h.unbias1 / denom, p, h.weight_decay)
 
 
 @triton.jit

@@ -25,8 +25,8 @@ class LAMBHyper(NamedTuple):
     one_minus_beta2: Any
     eps: Any
     weight_decay: Any
-    bias_correction1: Any
-    bias_correction2_sqrt: Any
+    unbias1: Any
+    unbias2_sqrt: Any
     trust_clip: Any
     trust: Any
 
@@ -43,11 +43,11 @@ def lamb_row(
     trust_clip: Any,
 ) -> LAMBHyper:
     """The numbers of one step; 1-beta and the bias corrections are taken here, in float64."""
-    correction1 = where(bias_correction != 0, -expm1_log(step, beta1), 1.0)
-    correction2_sqrt = where(bias_correction != 0, sqrt(-expm1_log(step, beta2)), 1.0)
+    unbias1 = where(bias_correction != 0, 1.0 / -expm1_log(step, beta1), 1.0)
+    unbias2_sqrt = where(bias_correction != 0, sqrt(1.0 / -expm1_log(step, beta2)), 1.0)
     grad_weight = where(grad_averaging != 0, 1.0 - beta1, 1.0)
     return LAMBHyper(
-        lr, beta1, grad_weight, beta2, 1.0 - beta2, eps, weight_decay, correction1, correction2_sqrt, trust_clip, 1.0
+        lr, beta1, grad_weight, beta2, 1.0 - beta2, eps, weight_decay, unbias1, unbias2_sqrt, trust_clip, 1.0
     )
 
 
@@ -58,9 +58,9 @@ def _moments(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: LAMBHyper) -> tu
 
 
 def _update(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: LAMBHyper) -> Tensor:
-    """(exp_avg/bias_correction1) / (sqrt(exp_avg_sq)/bias_correction2_sqrt + eps) + weight_decay*p."""
-    denom = torch.sqrt(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
-    return decayed(exp_avg / (h.bias_correction1 * denom), p, h.weight_decay)
+    """exp_avg*unbias1 / (sqrt(exp_avg_sq)*unbias2_sqrt + eps) + weight_decay*p."""
+    denom = torch.sqrt(exp_avg_sq) * h.unbias2_sqrt + h.eps
+    return decayed(exp_avg * h.unbias1 / denom, p, h.weight_decay)
 
 
 def lamb(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: LAMBHyper) -> tuple[Tensor, ...]:
