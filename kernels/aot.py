@@ -42,7 +42,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import launch, rules, trust_rules
+from . import launch, rules
 from .apply import apply
 from .decide import decide
 from .measure import EUCLID, LARGEST, POWER, measure
@@ -202,7 +202,7 @@ def _trust(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = Fa
     moved = 2 * dtype.itemsize + norms["SLOTS"] * held.itemsize
     signature = _signature(trust_norms, types, norms)
     yield Kernel(kernel_name("norms", rule, dtype, form), trust_norms, signature, norms, launch.THREADS, True, moved)
-    if form == "param":
+    if form == "param" and dtype.itemsize >= 4:  # those of narrower dtypes are float32's
         name, signature = kernel_name("ratios", rule, dtype), _signature(trust_ratios, types, ratios)
         yield Kernel(name, trust_ratios, signature, ratios, launch.THREADS, False, 0.0)
 
@@ -239,12 +239,11 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
                 if dtype in (BF16, FP16) and held is not None and _slots(rule):
                     yield _apply(rule, dtype, state)
     yield _apply("adamw", FP32, clamp=True)
-    for rule in trust_rules.TRUSTS:
+    for rule in ("lamb", "lars"):  # lars_momentum's are those of lars
         for dtype in (FP32, BF16, FP16, FP64):
             yield from _trust(rule, dtype)
-            for state, held in FORMATS.items():
-                if dtype in (BF16, FP16) and held is not None and _slots(rule):
-                    yield from _trust(rule, dtype, state)
+    for dtype in (BF16, FP16):
+        yield from _trust("lamb", dtype, "fp32")
     yield from _trust("lamb", FP32, clamp=True)
     for rule in ("adamw", "sgd_momentum") if target.backend == "cuda" else ():
         for dtype in (FP32, BF16):

@@ -46,6 +46,11 @@ class Case:
         return bool(self.kwargs.get("weight_decay", 0)) and not decoupled
 
     @property
+    def trust(self) -> bool:
+        """Whether a step takes the second reduction."""
+        return self.fused in (fusedlr.LAMB, fusedlr.LARS)
+
+    @property
     def lr(self) -> float:
         return float(self.kwargs["lr"])
 

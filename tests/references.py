@@ -63,7 +63,8 @@ class LAMB(torch.optim.Optimizer):
         foreach: bool | None = None,
     ) -> None:
         flags = dict(bias_correction=bias_correction, grad_averaging=grad_averaging, trust_clip=trust_clip)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, **flags))
+        numbers = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        super().__init__(params, {**numbers, **flags})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
