@@ -47,6 +47,7 @@ from .apply import apply
 from .decide import decide
 from .measure import EUCLID, LARGEST, POWER, measure
 from .step import step
+from .trust import trust_norms, trust_ratios
 
 __all__ = ["FORMATS", "Kernel", "Loop", "Report", "compile_kernel", "kernel_name", "kernels"]
 
@@ -187,6 +188,25 @@ def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = Fa
     return Kernel(name, apply, _signature(apply, types, constants), constants, launch.THREADS, True, moved)
 
 
+def _trust(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = False) -> Iterator[Kernel]:
+    """The two launches of a rule's trust ratio."""
+    hyper, _ = rules.RULES[rule]
+    held = FORMATS[state] or dtype
+    norms, ratios = launch.trust_constants(
+        rule, hyper, clamp=clamp, dtype=dtype, grad_dtype=dtype, state_dtypes=(held,) * _slots(rule)
+    )
+    types = dict.fromkeys((*trust_norms.arg_names, *trust_ratios.arg_names), "i32")
+    types |= {"segments_ptr": "*i64", "chunks_ptr": "*i32", "tensors_ptr": "*i64", "sums_ptr": "*fp64"}
+    types |= {"rows_ptr": "*fp64" if dtype == FP64 else "*fp32", "skip_ptr": "*i32"}
+    form = "clamp" if clamp else state
+    moved = 2 * dtype.itemsize + norms["SLOTS"] * held.itemsize
+    signature = _signature(trust_norms, types, norms)
+    yield Kernel(kernel_name("norms", rule, dtype, form), trust_norms, signature, norms, launch.THREADS, True, moved)
+    if form == "param" and dtype.itemsize >= 4:  # those of narrower dtypes are float32's
+        name, signature = kernel_name("ratios", rule, dtype), _signature(trust_ratios, types, ratios)
+        yield Kernel(name, trust_ratios, signature, ratios, launch.THREADS, False, 0.0)
+
+
 def _step(rule: str, dtype: torch.dtype) -> Kernel:
     parts = _measure(dtype, int(EUCLID.value)), _decide(rule, dtype, "global", "clip_factor", True), _apply(rule, dtype)
     constants = launch.step_constants(*(part.constants for part in parts))
@@ -219,6 +239,12 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
                 if dtype in (BF16, FP16) and held is not None and _slots(rule):
                     yield _apply(rule, dtype, state)
     yield _apply("adamw", FP32, clamp=True)
+    for rule in ("lamb", "lars"):  # lars_momentum's are those of lars
+        for dtype in (FP32, BF16, FP16, FP64):
+            yield from _trust(rule, dtype)
+    for dtype in (BF16, FP16):
+        yield from _trust("lamb", dtype, "fp32")
+    yield from _trust("lamb", FP32, clamp=True)
     for rule in ("adamw", "sgd_momentum") if target.backend == "cuda" else ():
         for dtype in (FP32, BF16):
             yield _step(rule, dtype)

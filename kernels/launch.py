@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import clipping, formats, rules
+from . import clipping, formats, rules, trust_rules
 from .apply import apply
 from .decide import GLOBAL, NOTHING, TENSOR, decide
 from .measure import EUCLID, LARGEST, POWER, measure
 from .step import step
+from .trust import trust_norms, trust_ratios
 
 __all__ = ["BLOCK", "DTYPES", "can_launch_step", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure",
-           "launch_step", "mode_for"]  # fmt: skip
+           "launch_step", "launch_trust", "mode_for", "trust_partials"]  # fmt: skip
 
 # Kernels are interpreted or compiled as was decided when they were defined, whatever the environment says now.
 INTERPRETED = not isinstance(apply, triton.runtime.JITFunction)
@@ -266,6 +267,86 @@ def launch_apply(
         ),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
+    )
+
+
+@functools.cache
+def trust_constants(
+    rule_name: str,
+    hyper_name: str,
+    *,
+    clamp: bool,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_dtypes: tuple[torch.dtype, ...],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The compile-time arguments of trust_norms and of trust_ratios, beside the apply of the same arguments."""
+    direction, ratio = (getattr(rules, name) for name in trust_rules.TRUSTS[rule_name])
+    read = state_dtypes[: len(direction.arg_names) - 3]  # all but p, g and h
+    apply = apply_constants(rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=read)
+    shared = {name: apply[name] for name in ("HYPER", "FIELDS")}
+    shared["MODE"] = mode_for(2.0, [dtype])
+    norms = {name: apply[name] for name in ("CLIP", "P", "G", "S", "SLOTS", "WIDE", "BLOCK", "TAIL")}
+    norms |= {
+        "DIRECTION": direction,
+        "WIDTH": 3 + len(state_dtypes),
+        "ROWS": THREADS,
+    }
+    return norms | shared, {"RATIO": ratio, "LANES": LANES} | shared
+
+
+def trust_partials(n_chunks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where trust_norms leaves its sums, the parameters' and the directions', and for float64 their scales."""
+    return torch.empty((2 if dtype == torch.float64 else 1, 2, n_chunks), dtype=torch.float64, device=device)
+
+
+def launch_trust(
+    n_chunks: int,
+    segments: Tensor,
+    chunks: Tensor,
+    rows: Tensor,
+    skip: Tensor,
+    chunk_size: int,
+    partials: Tensor,
+    tensors: Tensor,
+    first_partial: int,
+    *,
+    rule_name: str,
+    hyper_name: str,
+    clamp: bool,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """The trust ratio of each tensor into the last field of its row, in two launches: norms, then ratios."""
+    norms, ratios = trust_constants(
+        rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+    )
+    trust_norms[(n_chunks,)](
+        segments,
+        chunks,
+        rows,
+        rows.shape[1],
+        skip,
+        partials,
+        n_chunks,
+        chunk_size,
+        **norms,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+    trust_ratios[(rows.shape[0],)](
+        partials,
+        n_chunks,
+        tensors,
+        tensors.shape[1],
+        first_partial,
+        rows,
+        rows.shape[1],
+        skip,
+        **ratios,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
     )
 
 

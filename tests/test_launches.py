@@ -18,7 +18,7 @@ from fusedlr import schedules
 from fusedlr.backends import buckets as backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KERNELS = ("launch_measure", "launch_decide", "launch_apply")
+KERNELS = ("launch_measure", "launch_decide", "launch_trust", "launch_apply")
 
 
 class Watch:
@@ -82,13 +82,37 @@ def test_three_launches_however_many_tensors_and_groups(watch: Watch) -> None:
 @pytest.mark.parametrize("clip", CLIPS, ids=repr)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_at_most_three_launches_for_every_rule_and_clip(watch: Watch, case: Case, clip: Any, nonfinite: str) -> None:
+    """And those of the trust ratio where the rule has one."""
     watch.run = False
     optimizer = case.make(parameters(3, 2000, 1), backend="triton", clip=clip, nonfinite=nonfinite)
     measures = nonfinite != "propagate" or not (clip is None or isinstance(clip, fusedlr.clipping.Value))
+    wanted = {"measure": int(measures), "decide": 1, "trust": int(case.trust), "apply": 1}
     for _ in range(2):
         optimizer.step()
-        assert watch.launches == {"measure": 1, "decide": 1, "apply": 1} if measures else {"decide": 1, "apply": 1}
+        assert watch.launches == Counter(wanted)
         watch.clear()
+
+
+@pytest.mark.parametrize("cls", [fusedlr.LAMB, fusedlr.LARS])
+def test_a_trust_ratio_takes_two_launches_however_many_tensors(monkeypatch: pytest.MonkeyPatch, cls: Any) -> None:
+    grids: dict[str, list[tuple[int, ...]]] = {}
+
+    class Counting:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.setdefault(self.name, []).append(grid)
+            return self.kernel[grid]
+
+    for name in ("measure", "decide", "trust_norms", "trust_ratios", "apply"):
+        monkeypatch.setattr(launch, name, Counting(name, getattr(launch, name)))
+    params = parameters(3, 2000, 1, 0)
+    groups = [{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.1}]
+    cls(groups, lr=0.1, backend="triton", clip=1.0).step()
+    # A program a chunk of 1024 elements, and one a tensor.
+    every = ("measure", "trust_norms", "trust_ratios", "apply")
+    assert grids == {"decide": [(1,)]} | {name: [(4,)] for name in every}
 
 
 @pytest.mark.parametrize("clip", [None, fusedlr.clipping.Value(1.0)], ids=repr)

@@ -22,6 +22,8 @@ MAKERS: dict[str, Callable[..., fusedlr.FusedOptimizer]] = {
     "sgd-momentum": lambda params, **kw: fusedlr.SGD(params, lr=0.1, momentum=0.9, dampening=0.5, **kw),
     "adam-amsgrad": lambda params, **kw: fusedlr.Adam(params, lr=0.1, amsgrad=True, **kw),
     "adamw": lambda params, **kw: fusedlr.AdamW(params, lr=0.1, **kw),
+    "lamb": lambda params, **kw: fusedlr.LAMB(params, lr=0.1, **kw),
+    "lars-momentum": lambda params, **kw: fusedlr.LARS(params, lr=0.1, momentum=0.9, trust_coefficient=1.0, **kw),
 }
 
 
@@ -159,7 +161,7 @@ def test_huge_finite_gradients_are_not_skipped(backend: str, clip: str) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first-step", "later-step"])
-@pytest.mark.parametrize("name, clip", list(zip(MAKERS, CLIPS, strict=True)))
+@pytest.mark.parametrize("name, clip", list(zip(MAKERS, [*CLIPS, "tensor", "value"], strict=True)))
 def test_raise_changes_nothing(backend: str, name: str, clip: str, first: bool) -> None:
     params = make_params(backend)
     options = {"schedule": schedules.Cosine(10, min_lr=0.0), "nonfinite": "raise", "backend": backend}

@@ -96,9 +96,16 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Any:
     return compare
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.trust], ids=str)
 def test_every_rule(both: Any, case: Any) -> None:
     both(case, clip=1.0)
+
+
+@pytest.mark.parametrize("name", ["lamb-default", "lars-default"])
+def test_a_rule_with_a_trust_ratio_takes_its_own_launches(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("FUSEDLR_ONE_LAUNCH", "1")
+    monkeypatch.setattr(launch, "launch_step", None)
+    Outcome(BY_NAME[name], clip=1.0)
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=repr)

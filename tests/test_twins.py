@@ -19,6 +19,7 @@ from fusedlr.rule import Rule
 
 pytest.importorskip("triton")
 device_rules: Any = importlib.import_module("fusedlr.kernels.rules")
+trust_rules: Any = importlib.import_module("fusedlr.kernels.trust_rules")
 device_clipping: Any = importlib.import_module("fusedlr.kernels.clipping")
 
 # Kernel functions without a reference: what the skeleton does to an element, and a strategy without a norm.
@@ -57,7 +58,7 @@ def test_the_rules_are_found() -> None:
     assert set(RULES) == {
         "sgd", "sgd_momentum", "adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "rmsprop", "rmsprop_momentum",
         "rmsprop_centered", "rmsprop_centered_momentum", "adagrad", "adadelta", "adamax", "nadam", "nadamw", "radam",
-        "radamw", "lion",
+        "radamw", "lion", "lamb", "lars", "lars_momentum",
     }  # fmt: skip
     assert set(FACTORS) == {"clip_factor", "normalize_factor"}
 
@@ -119,13 +120,35 @@ def test_the_shared_helpers_have_twins(name: str) -> None:
     assert arguments(getattr(device_rules, name)) == arguments(getattr(host_rule, name))
 
 
+@pytest.mark.parametrize("name", sorted(name for name, rule in RULES.items() if rule.trust is not None))
+def test_trust_ratios_have_twins(name: str) -> None:
+    rule = RULES[name]
+    assert rule.trust is not None
+    direction, ratio = rule.trust.direction, rule.trust.ratio
+    for reference in (direction, ratio):
+        twin = getattr(device_rules, reference.__name__)
+        assert twin.__name__ == reference.__name__
+        assert arguments(twin) == arguments(reference)
+    assert arguments(direction) == ["p", "g", *rule.trust.slots, "h"]
+    assert rule.slots[: len(rule.trust.slots)] == rule.trust.slots
+    assert arguments(ratio) == ["p_norm", "norm", "h"]
+    assert rule.hyper._fields[-1] == "trust"
+    assert trust_rules.TRUSTS[name] == (direction.__name__, ratio.__name__)
+
+
+def test_the_rules_with_a_trust_ratio_are_the_same() -> None:
+    assert set(trust_rules.TRUSTS) == {name for name, rule in RULES.items() if rule.trust is not None}
+
+
 def test_no_public_kernel_function_is_without_a_reference() -> None:
     references = {f.__name__ for rule in RULES.values() for f in (rule.update, rule.row, rule.hyper)}
+    trusts = [rule.trust for rule in RULES.values() if rule.trust is not None]
+    references |= {f.__name__ for trust in trusts for f in (trust.direction, trust.ratio)}
     assert set(device_rules.__all__) == references
     assert set(device_clipping.__all__) - SKELETON == set(FACTORS)
 
 
 def test_every_optimizer_runs_by_a_known_rule() -> None:
     for name in optimizers.__all__:
-        optimizer = getattr(fusedlr, name)([torch.nn.Parameter(torch.ones(2))], backend="torch")
+        optimizer = getattr(fusedlr, name)([torch.nn.Parameter(torch.ones(2))], lr=0.1, backend="torch")
         assert optimizer._rule(optimizer.param_groups[0]).name in RULES

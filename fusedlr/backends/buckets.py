@@ -99,6 +99,8 @@ class Bucket:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=self.device)
+        has_trust = self.rule.trust is not None
+        self.trust = launch.trust_partials(self.n_chunks, self.dtype, self.device) if has_trust else None
         self.values = torch.empty(0, dtype=torch.float64, device=self.device)
         self.tensors = torch.empty(0)
         self._norm = torch.empty((), device=self.device)

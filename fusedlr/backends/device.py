@@ -16,7 +16,7 @@ from ..gather import in_order
 from ..rule import Rule
 from ..state import Leaf
 from . import Executor, Knobs
-from .torch import reference_update
+from .torch import reference_update, trust_terms
 
 __all__ = ["DeviceExecutor"]
 
@@ -82,7 +82,11 @@ class DeviceExecutor(Executor):
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
             h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
             factor = 1.0 if self._factors is None else self._factors[i].to(leaf.device)
-            new = reference_update(rule, p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group])
+            given = p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group]
+            if rule.trust is not None:
+                norms = [_norm(x, 2.0) for x in trust_terms(rule.trust, *given)]
+                given = (*given[:3], h._replace(trust=rule.trust.ratio(*norms, h)), *given[4:])
+            new = reference_update(rule, *given)
             numbers = (step, *h[: len(leaf.carried)])
             for old, value in zip((leaf.step, *leaf.carried, p, *leaf.slots), (*numbers, *new), strict=True):
                 if self._skip is not None:

@@ -8,20 +8,20 @@ the cache. Gradients are never written.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..gather import in_order
-from ..rule import Rule
+from ..rule import Rule, Trust
 from ..state import Leaf
 from . import Executor, Knobs
 from .batches import ROUND, Batch, Call, Round, calls_of, pieces
 from .norms import combine, euclidean, piece_sum, row_norms
 
-__all__ = ["HostExecutor", "reference_update"]
+__all__ = ["HostExecutor", "reference_update", "trust_terms"]
 
 # Elements that a reference rule treats at once: its temporaries stay in the cache.
 RULE_CHUNK = 1 << 16
@@ -32,17 +32,46 @@ _LEAST_FOLDED = 1e-12
 _NOTHING: tuple[Batch | None, Tensor] = (None, torch.empty(0))
 
 
-def reference_update(
-    rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
-) -> tuple[Tensor, ...]:
-    """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
+def _inputs(
+    p: Tensor, g: Tensor, slots: Sequence[Tensor], factor: Any, limit: float, maximize: bool
+) -> list[Tensor]:
+    """What a reference rule is given: (p, g, *slots) in float32 (float64 for float64), g after the clip."""
     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
     g = g.to(wide)
     if isinstance(factor, Tensor) or factor != 1.0:
         g = g * factor
     if limit != math.inf:
         g = g.clamp(-limit, limit)
-    return rule.update(p.to(wide), -g if maximize else g, *[slot.to(wide) for slot in slots], h)
+    return [p.to(wide), -g if maximize else g, *[slot.to(wide) for slot in slots]]
+
+
+def reference_update(
+    rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
+) -> tuple[Tensor, ...]:
+    """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
+    return rule.update(*_inputs(p, g, slots, factor, limit, maximize), h)
+
+
+def trust_terms(
+    trust: Trust, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
+) -> tuple[Tensor, Tensor]:
+    """What the trust ratio takes the norms of: the parameter and its direction, with the clip before it."""
+    p, *rest = _inputs(p, g, slots[: len(trust.slots)], factor, limit, maximize)
+    return p, trust.direction(p, *rest, h)
+
+
+def _trusted(
+    rule: Rule, parts: Iterable[Sequence[Tensor]], h: Any, factor: float, limit: float, maximize: bool
+) -> Any:
+    """The row of a tensor, given in parts (p, g, *slots), with its trust ratio where its rule has one."""
+    if rule.trust is None:
+        return h
+    pairs = [
+        [piece_sum(x, 2.0) for x in trust_terms(rule.trust, p, g, slots, h, factor, limit, maximize)]
+        for p, g, *slots in parts
+    ]
+    norms = (combine(own, 2.0) for own in zip(*pairs, strict=True))
+    return h._replace(trust=rule.trust.ratio(*norms, h))
 
 
 class HostExecutor(Executor):
@@ -245,12 +274,18 @@ class HostExecutor(Executor):
                 continue
             if call.has_operator:
                 continue
-            g = self._scaled(batch, self._gradient(batch, grads))
+            arrays = (batch.param, self._scaled(batch, self._gradient(batch, grads)), *batch.slots)
             factor = self._factor(batch) if len(batch.leaves) == 1 or len(self._factors or ()) == 1 else 1.0
-            for p, part, *slots in zip(*(pieces(x, RULE_CHUNK) for x in (batch.param, g, *batch.slots)), strict=True):
-                new = reference_update(call.rule, p, part, slots, h, factor, limit, maximize)
-                for old, value in zip((p, *slots), new, strict=True):
-                    old.copy_(value)
+            # A trust ratio is a tensor's own; without one, a batch is treated as one tensor.
+            alone = call.rule.trust is None or len(batch.leaves) == 1
+            tensors = [arrays] if alone else [[x[a : a + n] for x in arrays] for a, n in batch.spans]
+            for tensor in tensors:
+                parts = list(zip(*(pieces(x, RULE_CHUNK) for x in tensor), strict=True))
+                row = _trusted(call.rule, parts, h, factor, limit, maximize)
+                for p, part, *slots in parts:
+                    new = reference_update(call.rule, p, part, slots, row, factor, limit, maximize)
+                    for old, value in zip((p, *slots), new, strict=True):
+                        old.copy_(value)
 
     def _in_a_copy(
         self, rule: Rule, batch: Batch, grads: Sequence[Tensor], h: Any, knobs: Knobs
@@ -259,7 +294,9 @@ class HostExecutor(Executor):
         (leaf,) = batch.leaves
         p = in_order(leaf.param.detach(), leaf)
         g, factor, limit = self._gradient(batch, grads), self._factor(batch), knobs.clip_numbers[2]
-        new = reference_update(rule, p, g, batch.slots, h, factor, limit, knobs.maximize[leaf.group])
+        maximize = knobs.maximize[leaf.group]
+        h = _trusted(rule, [(p, g, *batch.slots)], h, factor, limit, maximize)
+        new = reference_update(rule, p, g, batch.slots, h, factor, limit, maximize)
         for old, value in zip((p, *batch.slots), new, strict=True):
             old.copy_(value)
         leaf.param.copy_(p.as_strided(leaf.shape, leaf.strides))

@@ -53,7 +53,7 @@ class _ClockMirror:
 
 
 class TritonExecutor(Executor):
-    """Steps tensors with the three kernels: at most three launches a bucket."""
+    """Steps tensors with the three kernels: at most three launches a bucket, and two more for trust ratios."""
 
     def __init__(self, leaves: list[Leaf], positions: list[int] | None) -> None:
         from fusedlr.kernels import launch
@@ -87,7 +87,9 @@ class TritonExecutor(Executor):
         """``FUSEDLR_ONE_LAUNCH=1`` asks for one launch a step, where one bucket is all there is."""
         (bucket, *others) = self._buckets
         asked = os.environ.get("FUSEDLR_ONE_LAUNCH", "0") not in ("", "0")
-        if not asked or others or not bucket.n_chunks or not self._launch.can_launch_step(bucket.device, bucket.dtype):
+        if not asked or others or not bucket.n_chunks or bucket.trust is not None:
+            return None
+        if not self._launch.can_launch_step(bucket.device, bucket.dtype):
             return None
         return torch.zeros(1, dtype=torch.int64, device=bucket.device)
 
@@ -221,7 +223,21 @@ class TritonExecutor(Executor):
                 if not knobs.measures:
                     self._step(knobs)
             elif bucket.n_chunks:
+                choices = self._apply_choices(bucket, knobs)
                 with bucket.here:
+                    if bucket.trust is not None:
+                        self._launch.launch_trust(
+                            bucket.n_chunks,
+                            segments,
+                            bucket.chunks,
+                            bucket.rows,
+                            bucket.skip,
+                            bucket.chunk_size,
+                            bucket.trust,
+                            bucket.tensors,
+                            bucket.first_partial,
+                            **choices,
+                        )
                     self._launch.launch_apply(
                         bucket.n_chunks,
                         segments,
@@ -229,6 +245,6 @@ class TritonExecutor(Executor):
                         bucket.rows,
                         bucket.skip,
                         bucket.chunk_size,
-                        **self._apply_choices(bucket, knobs),
+                        **choices,
                     )
             bucket.put_back()
