@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 from . import checkpoint
 from .backends import Backend, Executor, Knobs, choose_backend, executors_for
 from .clipping import Clip, as_clip
+from .clipping.records import Records
 from .flat import rehome
 from .gather import Plan, check_gradients
 from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, own_tensors, read, scheduled_scalars
@@ -87,6 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._clocks: dict[torch.device, Tensor] = {}
         self._skipped_before = 0
+        self._records = Records(self._clip)
         self._last_lr: list[Any] = []
 
     @abstractmethod
@@ -282,6 +284,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             advance=not self._is_hidden_step(banks),
             grad_norm=self.last_grad_norm,
             clock=self._clock,
+            records=self._records,
         )
         try:
             skipped = _run(plan, grads, knobs)

@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import clipping, formats, rules
+from . import adaptive, clipping, formats, rules
 from .apply import apply
-from .decide import GLOBAL, NOTHING, TENSOR, decide
+from .decide import GLOBAL, NOTHING, TENSOR, UNIT, decide
 from .measure import EUCLID, LARGEST, POWER, measure
 from .step import step
+from .units import unit_fold, unit_measure
 
 __all__ = ["BLOCK", "DTYPES", "can_launch_step", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure",
-           "launch_step", "mode_for"]  # fmt: skip
+           "launch_step", "launch_unit_fold", "launch_unit_measure", "mode_for"]  # fmt: skip
 
 # Kernels are interpreted or compiled as was decided when they were defined, whatever the environment says now.
 INTERPRETED = not isinstance(apply, triton.runtime.JITFunction)
@@ -46,7 +47,7 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value}
+SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value, "unit": UNIT.value}
 
 
 def wide(dtype: torch.dtype) -> Any:
@@ -90,11 +91,13 @@ def decide_constants(
     n_row_scalars: int,
     n_fields: int,
     dtype: torch.dtype,
+    threshold_name: str | None = None,
 ) -> dict[str, Any]:
     """The compile-time arguments of decide."""
     return {
         "ROW": getattr(rules, row_name),
         "FACTOR": getattr(clipping, factor_name),
+        "THRESHOLD": getattr(adaptive, threshold_name) if threshold_name else None,
         "SCOPE": SCOPES[scope],
         "MODE": mode,
         "GUARD": guard,
@@ -117,6 +120,7 @@ def apply_constants(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    units: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of apply; the slots of a rule share one dtype."""
     if len(set(state_dtypes)) > 1:
@@ -124,6 +128,7 @@ def apply_constants(
     hyper, make_hyper = rules.HYPERS[hyper_name]
     sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)}
     return {
+        "UNITS": units,
         "RULE": getattr(rules, rule_name),
         "HYPER": make_hyper,
         "CLIP": clipping.scale_and_clamp if clamp else clipping.scale,
@@ -141,7 +146,8 @@ def apply_constants(
 
 def step_constants(measure: dict[str, Any], decide: dict[str, Any], apply: dict[str, Any]) -> dict[str, Any]:
     """The compile-time arguments of step: those of its parts, whose blocks may differ in size."""
-    return {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
+    merged = {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
+    return {name: value for name, value in merged.items() if name not in ("THRESHOLD", "UNITS")}
 
 
 def launch_measure(
@@ -187,6 +193,7 @@ def launch_decide(
     rows: Tensor,
     norm: Tensor,
     skip: Tensor,
+    record: Tensor | None = None,
     *,
     row_name: str,
     factor_name: str,
@@ -197,6 +204,7 @@ def launch_decide(
     last: bool,
     n_row_scalars: int,
     dtype: torch.dtype,
+    threshold_name: str | None = None,
 ) -> None:
     """One row a tensor into ``rows``, the norm, the decision to skip, and the counts of steps."""
     decide[(1,)](
@@ -220,6 +228,7 @@ def launch_decide(
         rows,
         norm,
         skip,
+        record,
         **decide_constants(
             row_name,
             factor_name,
@@ -231,10 +240,56 @@ def launch_decide(
             n_row_scalars=n_row_scalars,
             n_fields=rows.shape[1] - 2,
             dtype=dtype,
+            threshold_name=threshold_name,
         ),
         num_warps=NUM_WARPS,
         # A schedule's value is the same on the host and here only if products are rounded before they are added.
         enable_fp_fusion=False,
+    )
+
+
+def launch_unit_measure(
+    n_programs: int, segments: Tensor, units: Tensor, pieces: Tensor, norms: Tensor, dtype: torch.dtype
+) -> None:
+    """The norms of the pieces of all units: of gradients into row 0 of ``norms``, of weights into row 1."""
+    unit_measure[(n_programs,)](
+        segments,
+        units,
+        pieces,
+        norms,
+        norms.shape[1],
+        G=DTYPES[dtype],
+        WIDTH=segments.shape[1],
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
+    )
+
+
+def launch_unit_fold(
+    n_programs: int,
+    units: Tensor,
+    blocks: Tensor,
+    norms: Tensor,
+    record: Tensor,
+    factors: Tensor,
+    partials: Tensor,
+    first_partial: int,
+    dtype: torch.dtype,
+) -> None:
+    """The factor of each unit, and one partial of the global norm a program into ``partials[:, first_partial:]``."""
+    unit_fold[(n_programs,)](
+        units,
+        blocks,
+        norms,
+        norms.shape[1],
+        record,
+        factors,
+        partials,
+        first_partial,
+        partials.shape[1],
+        WIDE=wide(dtype),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=True,
     )
 
 
@@ -245,6 +300,8 @@ def launch_apply(
     rows: Tensor,
     skip: Tensor,
     chunk_size: int,
+    units: Tensor | None = None,
+    factors: Tensor | None = None,
     *,
     rule_name: str,
     hyper_name: str,
@@ -253,7 +310,7 @@ def launch_apply(
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """One pass over parameters and state."""
+    """One pass over parameters and state; with ``units``, each unit's gradient by its factor."""
     apply[(n_chunks,)](
         segments,
         chunks,
@@ -261,8 +318,16 @@ def launch_apply(
         skip,
         n_chunks,
         chunk_size,
+        units,
+        factors,
         **apply_constants(
-            rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+            rule_name,
+            hyper_name,
+            clamp=clamp,
+            dtype=dtype,
+            grad_dtype=grad_dtype,
+            state_dtypes=state_dtypes,
+            units=units is not None,
         ),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
