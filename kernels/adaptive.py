@@ -21,7 +21,7 @@ def unit_factor(norm, weight_norm, factor, eps):
 
 @triton.jit
 def zclip_threshold(record_ptr, norm, eps, keep):
-    """The threshold for a norm: inf where it is no spike. If ``keep``, the norm, or its threshold, enters the record."""
+    """The threshold for a norm, inf where it is no spike. If ``keep``, the smaller of the two enters the record."""
     z = tl.load(record_ptr)
     alpha = tl.load(record_ptr + 1)
     warmup_steps = tl.load(record_ptr + 2)
@@ -82,7 +82,7 @@ def autoclip_threshold(record_ptr, norm, eps, keep):
     # The least number that enough of the norms are not above, found bit by bit from the highest one on.
     a_bits = norm.to(tl.int64, bitcast=True) * 0
     bit = a_bits + (1 << 62)
-    for _ in range(0, 63):
+    for _ in range(63):
         below = count_up_to(norms_ptr, place, norm, number, a_bits + bit - 1)
         a_bits += tl.where(below <= wanted, bit, 0)
         bit = bit >> 1

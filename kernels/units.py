@@ -42,10 +42,10 @@ def piece_norms(
     lanes = tl.arange(0, LANES)[None, :]
     corner_ptr = start_ptr + units.to(tl.int64) * unit_stride
     divisor = tl.zeros([UNITS, 1], tl.float64) + 1.0
-    if X == tl.float64:
+    if tl.float64 == X:
         # Squares of float64 may leave its range: everything is divided by the largest magnitude of its unit first.
         tops = tl.zeros([UNITS, LANES], tl.float64)
-        for slow in range(0, slow_stop):
+        for slow in range(slow_stop):
             for fast in range(0, fast_stop, LANES):
                 mask = (units < size) & (fast + lanes < fast_stop)
                 at = slow * slow_stride + (fast + lanes).to(tl.int64) * fast_stride
@@ -54,12 +54,12 @@ def piece_norms(
         top = tl.max(tops, axis=1)[:, None]
         divisor = tl.where((top > 0.0) & (top < float("inf")), top, 1.0)
     sums = tl.zeros([UNITS, LANES], tl.float64)
-    for slow in range(0, slow_stop):
+    for slow in range(slow_stop):
         for fast in range(0, fast_stop, LANES):
             mask = (units < size) & (fast + lanes < fast_stop)
             at = slow * slow_stride + (fast + lanes).to(tl.int64) * fast_stride
             x = tl.load(corner_ptr + at, mask=mask, other=0.0).to(tl.float64)
-            if X == tl.float64:
+            if tl.float64 == X:
                 x = x / divisor
             sums += x * x
     return tl.sum(divisor, axis=1) * tl.sqrt(tl.sum(sums, axis=1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class DeviceExecutor(Executor):
         super().__init__(leaves, positions)
         self._rules: list[Rule] = []
         self._norms: list[Tensor] = []
-        self._weights: list[Tensor] = []  # the norms of the units of the parameters, where those of gradients are of units
+        self._weights: list[Tensor] = []  # norms of the parameters' units, where those of gradients are of units
         self._factors: list[Tensor] | None = None
         self._skip: Tensor | None = None
 
@@ -76,6 +77,7 @@ class DeviceExecutor(Executor):
             )
         if knobs.scope in ("global", "tensor"):
             assert knobs.clip is not None
+            max_norm: Any
             max_norm, eps, _ = knobs.clip_numbers
             if knobs.clip.threshold is not None:
                 threshold = knobs.clip.threshold(knobs.records.on(main), norm, eps, knobs.advance)

@@ -167,7 +167,9 @@ class HostExecutor(Executor):
         settings = knobs.records.on(self.leaves[0].device).unbind()
         factors = {i: unit_factor(*norms.unbind(), *settings) for i, norms in self._units.items()}
         self._units = {
-            i: f.to(torch.promote_types(self.leaves[i].dtype, torch.float32)) for i, f in factors.items() if (f != 1).any()
+            i: f.to(torch.promote_types(self.leaves[i].dtype, torch.float32))
+            for i, f in factors.items()
+            if (f != 1).any()
         }
 
     def _count(self, knobs: Knobs, skipped: bool) -> None:

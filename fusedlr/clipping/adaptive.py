@@ -33,7 +33,7 @@ def unit_factor(norm: Tensor, weight_norm: Tensor, factor: Any, eps: Any) -> Ten
 
 
 def zclip_threshold(record: Tensor, norm: Tensor, eps: Any, keep: Any) -> Tensor:
-    """The threshold for a norm: inf where it is no spike. If ``keep``, the norm, or its threshold, enters the record."""
+    """The threshold for a norm, inf where it is no spike. If ``keep``, the smaller of the two enters the record."""
     z, alpha, warmup_steps, count, mean, var = record.clone().unbind()
     warm = count < warmup_steps
     limit = z * (torch.sqrt(var) + eps)

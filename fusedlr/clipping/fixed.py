@@ -15,7 +15,8 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-__all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip", "clip_factor", "positive"]
+__all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip", "clip_factor", "normalize_factor",
+           "positive"]  # fmt: skip
 
 
 def clip_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
