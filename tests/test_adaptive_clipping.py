@@ -181,8 +181,10 @@ def test_a_non_finite_element_concerns_its_own_unit(executor: str, bad: float) -
     p.grad[1, 0] = bad
     optimizer = sgd([p], AGC(0.5), executor)
     optimizer.step()
-    assert p[0].tolist() == p[2].tolist() == [0.5, 0.5]
-    assert math.isnan(p[1, 0]) and (math.isnan(p[1, 1]) if math.isnan(bad) else float(p[1, 1]) == 1.0)
+    rows = p.detach().tolist()
+    # Weights of norm sqrt(2), bound to half of it.
+    assert rows[0] == rows[2] == pytest.approx([0.5, 0.5], rel=3 * 2.0**-24)
+    assert math.isnan(rows[1][0]) and (math.isnan(rows[1][1]) if math.isnan(bad) else rows[1][1] == 1.0)
     assert not math.isfinite(optimizer.last_grad_norm)  # type: ignore[arg-type]
 
 
@@ -200,7 +202,7 @@ def zclip_by_hand(clip: ZClip, norms: Sequence[float]) -> tuple[list[float], lis
             mean, var = float(np.mean(buffer)), float(np.var(buffer))
         else:
             std = math.sqrt(var)
-            score = (norm - mean) / (std + clip.eps)
+            score = (norm - mean) / (std + clip.eps) if norm != mean else 0.0
             if score > clip.z:
                 threshold = mean + clip.z * std / (score / clip.z)
             x = min(norm, threshold)
@@ -215,10 +217,10 @@ def autoclip_by_hand(clip: AutoClip, norms: Sequence[float]) -> tuple[list[float
     return [float(np.percentile(w, clip.percentile)) for w in windows], list(windows[-1])
 
 
-NORMS = [*np.random.default_rng(7).lognormal(0.0, 0.4, 24).tolist(), 40.0, 1.0, 1.0, 0.3, 9.0, *[0.7] * 5]
+NORMS = [*np.random.default_rng(7).lognormal(0.0, 0.4, 26).tolist(), 40.0, 1.0, 1.0, 0.3, 9.0, *[0.7] * 5]
 REMEMBERING = [
-    ZClip(warmup_steps=4), ZClip(2.0, 0.8, 1, max_norm=2.0), ZClip(0.1, 0.0, 6, eps=0.0), ZClip(),
-    AutoClip(), AutoClip(50, 4), AutoClip(0, 7), AutoClip(100, 3, eps=0.0), AutoClip(37.5, 1), AutoClip(90, 11),
+    ZClip(warmup_steps=4), ZClip(2.0, 0.8, 1, max_norm=2.0), ZClip(0.1, 0.5, 6, eps=0.0), ZClip(1.5),
+    AutoClip(), AutoClip(50, 4), AutoClip(0, 7), AutoClip(100, 3, eps=0.0), AutoClip(37.5, 2), AutoClip(90, 11),
 ]  # fmt: skip
 
 
@@ -241,7 +243,7 @@ def test_thresholds_and_statistics(executor: str, clip: Any) -> None:
     params = [nn.Parameter(torch.zeros(3, dtype=torch.float64, device=place_of(executor))) for _ in range(2)]
     optimizer = sgd(params, clip, executor)
     thresholds, statistics = by_hand(clip, NORMS)
-    assert any(m < n for m, n in zip(thresholds, NORMS, strict=True)) or clip in (AutoClip(100, 3, eps=0.0),)
+    assert any(m < n for m, n in zip(thresholds, NORMS, strict=True)) or clip == AutoClip(100, 3, eps=0.0)
     for norm, threshold in zip(NORMS, thresholds, strict=True):
         before = float(params[0].detach()[0])
         give(params[0], norm)
@@ -395,7 +397,7 @@ def test_propagation_is_that_of_the_global_norm(executor: str, clip: Any) -> Non
         p.grad = torch.tensor(g, device=p.device)
         optimizer.step()
         if math.isinf(g[0]):
-            assert math.isnan(p[0]) and float(p[1]) == 0.0
+            assert bool(p[0].isnan()) and bool(p[1] == 0.0)
     assert p.isnan().all()
 
 
@@ -409,11 +411,11 @@ def train(p: Tensor, optimizer: Any, norms: Sequence[float]) -> None:
 
 
 @pytest.mark.parametrize("other", ["host", "triton"])
-@pytest.mark.parametrize("clip", [*REMEMBERING, AGC(0.1)], ids=repr)
+@pytest.mark.parametrize("clip", [ZClip(1.5, 0.8, warmup_steps=4), AutoClip(50, 4), AGC(0.1)], ids=repr)
 def test_a_checkpoint_in_the_middle_of_a_run_continues(executor: str, other: str, clip: Any) -> None:
     """On the same executor and on the other backend; the second half leaves what an uninterrupted run leaves."""
     pytest.importorskip("triton")
-    for cut in (0, 3, 20):
+    for cut in (0, 3, 7):
         p = nn.Parameter(torch.ones(3, dtype=torch.float64, device=place_of(executor)))
         whole = sgd([p], clip, executor, momentum=0.9)
         train(p, whole, NORMS[:cut])
@@ -423,8 +425,8 @@ def test_a_checkpoint_in_the_middle_of_a_run_continues(executor: str, other: str
         q.data.copy_(p)
         loaded.load_state_dict(through_file(whole.state_dict()))
         assert remembered(loaded) == remembered(whole)
-        train(p, whole, NORMS[cut:])
-        train(q, loaded, NORMS[cut:])
+        train(p, whole, NORMS[cut:12])
+        train(q, loaded, NORMS[cut:12])
         torch.testing.assert_close(q.cpu(), p.cpu(), rtol=1e-10, atol=1e-12)
         assert remembered(loaded)[1:] == pytest.approx(remembered(whole)[1:], rel=1e-12)
 
@@ -439,9 +441,9 @@ def test_copies_remember_and_are_apart(executor: str, clip: Any, how: str) -> No
     q, copied = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
     kept = remembered(optimizer)
     assert remembered(copied) == kept
-    train(q, copied, NORMS[9:])
+    train(q, copied, NORMS[9:12])
     assert remembered(optimizer) == kept and remembered(copied) != kept
-    train(p, optimizer, NORMS[9:])
+    train(p, optimizer, NORMS[9:12])
     assert remembered(copied) == remembered(optimizer) and torch.equal(p, q)
 
 
@@ -470,7 +472,8 @@ def test_other_strategies_and_torch_start_anew() -> None:
     assert remembered(saved) == ["ZClip"]
 
 
-BAD_STATISTICS = [["ZClip", 1.0], ["ZClip", 1.0, math.nan, 0.0], ["ZClip", 1.0, "a", 0.0], ["ZClip", 1.0, -1.0, 0.0], "x"]
+BAD_NUMBERS = [[1.0], [1.0, math.nan, 0.0], [1.0, "a", 0.0], [1.0, -1.0, 0.0]]
+BAD_STATISTICS = [*(["ZClip", *numbers] for numbers in BAD_NUMBERS), "x"]
 
 
 @pytest.mark.parametrize("bad", BAD_STATISTICS, ids=repr)
@@ -480,7 +483,7 @@ def test_statistics_that_are_none_change_nothing(bad: Any) -> None:
     train(p, optimizer, [1.0, 2.0])
     kept, saved = remembered(optimizer), optimizer.state_dict()
     saved["param_groups"][0]["fusedlr"] |= {"clip_statistics": bad, "t": 99}
-    with pytest.raises(ValueError, match="statistics|ZClip remembers"):
+    with pytest.raises(ValueError, match=r"statistics|ZClip remembers"):
         optimizer.load_state_dict(saved)
     assert remembered(optimizer) == kept and optimizer.steps_taken == 2
 

@@ -91,6 +91,29 @@ def test_at_most_three_launches_for_every_rule_and_clip(watch: Watch, case: Case
         watch.clear()
 
 
+@pytest.mark.parametrize("clip", [fusedlr.clipping.ZClip(), fusedlr.clipping.AutoClip()], ids=repr)
+def test_norms_that_are_remembered_take_no_launch_more_and_travel_once(watch: Watch, clip: Any) -> None:
+    optimizer = adamw(parameters(3, 2000), clip=clip)
+    for step in range(3):
+        optimizer.step()
+        assert watch.launches == {"measure": 1, "decide": 1, "apply": 1}
+        assert bool(watch.sent) == (step == 0)
+        watch.clear()
+
+
+def test_four_launches_where_units_have_factors(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("launch_unit_measure", "launch_unit_fold"):
+        watch._wrap(monkeypatch, name, getattr(launch, name))
+    narrow, empty = parameters(3, 2000, 1), torch.nn.Parameter(torch.zeros(0, 3, device=DEVICE))
+    empty.grad = torch.zeros_like(empty)
+    optimizer = adamw([*narrow, empty], clip=fusedlr.clipping.AGC())
+    for step in range(3):
+        optimizer.step()
+        assert watch.launches == {"unit_measure": 1, "unit_fold": 1, "decide": 1, "apply": 1}
+        assert bool(watch.sent) == (step == 0)
+        watch.clear()
+
+
 @pytest.mark.parametrize("clip", [None, fusedlr.clipping.Value(1.0)], ids=repr)
 def test_nothing_is_measured_where_no_norm_is_needed(watch: Watch, clip: Any) -> None:
     optimizer = adamw(parameters(3, 2000), clip=clip)

@@ -158,7 +158,8 @@ class HostExecutor(Executor):
             norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) for p in self._pairs]
             self._factors = [knobs.clip.factor(n, max_norm, eps) for n in norms]
         if knobs.grad_norm is not None:
-            knobs.grad_norm.fill_(norm)
+            # fill_ refuses what float32 does not have, and a norm of float64 gradients may be beyond it.
+            knobs.grad_norm.copy_(torch.tensor(norm, dtype=torch.float64))
         self._count(knobs, self._skip)
         return self._skip
 
