@@ -15,7 +15,7 @@ WINDOW = tl.constexpr(1024)  # norms of AutoClip's history that are looked at to
 @triton.jit
 def unit_factor(norm, weight_norm, factor, eps):
     """min(1, factor*max(weight_norm, eps)/norm), where a NaN gives NaN and a norm of 0 gives 1."""
-    ratio = factor * tl.where(weight_norm < eps, eps, weight_norm) / norm
+    ratio = factor * tl.where(weight_norm < eps, eps, weight_norm) / tl.where(norm == 0.0, 1.0, norm)
     return tl.where((ratio >= 1.0) | (norm == 0.0), 1.0, ratio)
 
 

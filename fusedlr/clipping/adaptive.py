@@ -27,8 +27,7 @@ _LARGEST = 1e150
 
 def unit_factor(norm: Tensor, weight_norm: Tensor, factor: Any, eps: Any) -> Tensor:
     """min(1, factor*max(weight_norm, eps)/norm), where a NaN gives NaN and a norm of 0 gives 1."""
-    ratio = factor * torch.where(weight_norm < eps, eps, weight_norm) / norm
-    # 0/0, where the units of a zero gradient have weights so small that the product vanished.
+    ratio = factor * torch.where(weight_norm < eps, eps, weight_norm) / torch.where(norm == 0.0, 1.0, norm)
     return torch.where((ratio >= 1.0) | (norm == 0.0), 1.0, ratio)
 
 
