@@ -115,7 +115,7 @@ class Comparison:
         outputs.sum().backward(outputs.new_tensor(self._scale()))
 
     def _scale(self) -> float:
-        return self.unit * GRADIENT_NORMS[self.steps % len(GRADIENT_NORMS)]
+        return float(self.unit * GRADIENT_NORMS[self.steps % len(GRADIENT_NORMS)])
 
     def flush_caches(self) -> None:
         self._trash.fill_(self.steps % 251)

@@ -2,8 +2,9 @@
 
 torch's distributed checkpoints keep nothing but ``state`` and ``param_groups``, and rebuild a group from the keys the
 live group has. So fusedlr's own data, all of it plain, lives in every group under the key ``fusedlr``: the clock ``t``,
-the skipped steps, and the marks of what fusedlr wrote. Schedules and clipping come from the code that builds the
-optimizer, not from a checkpoint, which holds their ``repr`` for the reader.
+the skipped steps, the marks of what fusedlr wrote, and (in the first group alone) what the clip remembers of the norms.
+Schedules and clipping come from the code that builds the optimizer, not from a checkpoint, which holds their ``repr``
+for the reader.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
 def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """torch's state_dict with fusedlr's data as plain data."""
     t, skipped = sync_clock(optimizer)
+    statistics = optimizer._records.save()
     state = state_dict["state"]
     state_dict["state"] = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state.items()}
     for group in state_dict["param_groups"]:
@@ -44,6 +46,8 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         group[GROUP_KEY] = {
             "t": t,
             "skipped_steps": skipped,
+            # Once is enough: AutoClip may remember thousands of norms.
+            "clip_statistics": statistics if group is state_dict["param_groups"][0] else [],
             "base": dict(marks["base"]),
             "written": dict(marks["written"]),
         }
@@ -57,6 +61,7 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"a state_dict needs the keys 'state' and 'param_groups', but got {sorted(state_dict)}")
+    optimizer._records.check(_statistics(state_dict))
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         # The saved flags will rule, and with them other state may be needed.
@@ -65,6 +70,12 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
         for key, leaf in zip(saved["params"], leaves, strict=False):
             if key in state_dict["state"]:
                 check_entry(leaf, state_dict["state"][key], rule)
+
+
+def _statistics(state_dict: Mapping[str, Any]) -> Any:
+    """What the clip remembered, from the group that has it."""
+    found = (group.get(GROUP_KEY, {}).get("clip_statistics") for group in state_dict["param_groups"])
+    return next((statistics for statistics in found if statistics), [])
 
 
 def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
@@ -88,6 +99,7 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
     optimizer._skipped_before = int(saved.get("skipped_steps", 0))
     for clock in optimizer._clocks.values():
         clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
+    optimizer._records.load(_statistics(state_dict))
     optimizer._bind_groups()
 
 
@@ -137,6 +149,7 @@ def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
         "backend": optimizer._backend,
         "t": t,
         "skipped": skipped,
+        "statistics": optimizer._records.save(),
         "last_lr": [lr.clone() if isinstance(lr, Tensor) else lr for lr in optimizer._last_lr],
     }
     return {_OWN: own}
@@ -158,5 +171,6 @@ def revive(optimizer: FusedOptimizer, own: Mapping[str, Any]) -> None:
     optimizer._t = own["t"]
     optimizer._skipped_before = own["skipped"]
     optimizer._last_lr = own["last_lr"]
+    optimizer._records.load(own["statistics"])
     optimizer._register()
     _take_in(optimizer)

@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 from . import checkpoint
 from .backends import Backend, Executor, Knobs, choose_backend, executors_for
 from .clipping import Clip, as_clip
+from .clipping.records import Records
 from .flat import rehome
 from .gather import Plan, check_gradients
 from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, own_tensors, read, scheduled_scalars
@@ -87,6 +88,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._clocks: dict[torch.device, Tensor] = {}
         self._skipped_before = 0
+        self._records = Records(self._clip)
         self._last_lr: list[Any] = []
 
     @abstractmethod
@@ -197,6 +199,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
                     "use torch.view_as_real(parameter), or torch.optim for it"
                 )
+        if self._clip is not None and self._clip.scope == "unit" and self._rule(group).trust is not None:
+            raise ValueError(
+                f"clip={self._clip!r} and the trust ratio of {type(self).__name__} both scale by the norms of weights, "
+                "and are not combined; use a clip of the gradients alone, such as clipping.GlobalNorm"
+            )
         group["clip"] = self._clip
         marks = group.setdefault(GROUP_KEY, {})
         marks.setdefault("base", {})
@@ -286,6 +293,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             advance=not self._is_hidden_step(banks),
             grad_norm=self.last_grad_norm,
             clock=self._clock,
+            records=self._records,
         )
         try:
             skipped = _run(plan, grads, knobs)

@@ -12,15 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import clipping, formats, rules, trust_rules
+from . import adaptive, clipping, formats, rules
 from .apply import apply
-from .decide import GLOBAL, NOTHING, TENSOR, decide
+from .decide import GLOBAL, NOTHING, TENSOR, UNIT, decide
 from .measure import EUCLID, LARGEST, POWER, measure
 from .step import step
-from .trust import trust_norms, trust_ratios
 
 __all__ = ["BLOCK", "DTYPES", "can_launch_step", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure",
-           "launch_step", "launch_trust", "mode_for", "trust_partials"]  # fmt: skip
+           "launch_step", "mode_for"]  # fmt: skip
 
 # Kernels are interpreted or compiled as was decided when they were defined, whatever the environment says now.
 INTERPRETED = not isinstance(apply, triton.runtime.JITFunction)
@@ -47,7 +46,7 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value}
+SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value, "unit": UNIT.value}
 
 
 def wide(dtype: torch.dtype) -> Any:
@@ -91,11 +90,13 @@ def decide_constants(
     n_row_scalars: int,
     n_fields: int,
     dtype: torch.dtype,
+    threshold_name: str | None = None,
 ) -> dict[str, Any]:
     """The compile-time arguments of decide."""
     return {
         "ROW": getattr(rules, row_name),
         "FACTOR": getattr(clipping, factor_name),
+        "THRESHOLD": getattr(adaptive, threshold_name) if threshold_name else None,
         "SCOPE": SCOPES[scope],
         "MODE": mode,
         "GUARD": guard,
@@ -118,6 +119,7 @@ def apply_constants(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    units: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of apply; the slots of a rule share one dtype."""
     if len(set(state_dtypes)) > 1:
@@ -125,6 +127,7 @@ def apply_constants(
     hyper, make_hyper = rules.HYPERS[hyper_name]
     sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)}
     return {
+        "UNITS": units,
         "RULE": getattr(rules, rule_name),
         "HYPER": make_hyper,
         "CLIP": clipping.scale_and_clamp if clamp else clipping.scale,
@@ -142,7 +145,8 @@ def apply_constants(
 
 def step_constants(measure: dict[str, Any], decide: dict[str, Any], apply: dict[str, Any]) -> dict[str, Any]:
     """The compile-time arguments of step: those of its parts, whose blocks may differ in size."""
-    return {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
+    merged = {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
+    return {name: value for name, value in merged.items() if name not in ("THRESHOLD", "UNITS")}
 
 
 def launch_measure(
@@ -188,6 +192,7 @@ def launch_decide(
     rows: Tensor,
     norm: Tensor,
     skip: Tensor,
+    record: Tensor | None = None,
     *,
     row_name: str,
     factor_name: str,
@@ -198,6 +203,7 @@ def launch_decide(
     last: bool,
     n_row_scalars: int,
     dtype: torch.dtype,
+    threshold_name: str | None = None,
 ) -> None:
     """One row a tensor into ``rows``, the norm, the decision to skip, and the counts of steps."""
     decide[(1,)](
@@ -221,6 +227,7 @@ def launch_decide(
         rows,
         norm,
         skip,
+        record,
         **decide_constants(
             row_name,
             factor_name,
@@ -232,6 +239,7 @@ def launch_decide(
             n_row_scalars=n_row_scalars,
             n_fields=rows.shape[1] - 2,
             dtype=dtype,
+            threshold_name=threshold_name,
         ),
         num_warps=NUM_WARPS,
         # A schedule's value is the same on the host and here only if products are rounded before they are added.
@@ -246,6 +254,8 @@ def launch_apply(
     rows: Tensor,
     skip: Tensor,
     chunk_size: int,
+    units: Tensor | None = None,
+    factors: Tensor | None = None,
     *,
     rule_name: str,
     hyper_name: str,
@@ -254,7 +264,7 @@ def launch_apply(
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """One pass over parameters and state."""
+    """One pass over parameters and state; with ``units``, each unit's gradient by its factor."""
     apply[(n_chunks,)](
         segments,
         chunks,
@@ -262,91 +272,19 @@ def launch_apply(
         skip,
         n_chunks,
         chunk_size,
+        units,
+        factors,
         **apply_constants(
-            rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+            rule_name,
+            hyper_name,
+            clamp=clamp,
+            dtype=dtype,
+            grad_dtype=grad_dtype,
+            state_dtypes=state_dtypes,
+            units=units is not None,
         ),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
-    )
-
-
-@functools.cache
-def trust_constants(
-    rule_name: str,
-    hyper_name: str,
-    *,
-    clamp: bool,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    state_dtypes: tuple[torch.dtype, ...],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The compile-time arguments of trust_norms and of trust_ratios, beside the apply of the same arguments."""
-    direction, ratio = (getattr(rules, name) for name in trust_rules.TRUSTS[rule_name])
-    read = state_dtypes[: len(direction.arg_names) - 3]  # all but p, g and h
-    apply = apply_constants(rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=read)
-    shared = {name: apply[name] for name in ("HYPER", "FIELDS")}
-    shared["MODE"] = mode_for(2.0, [dtype])
-    norms = {name: apply[name] for name in ("CLIP", "P", "G", "S", "SLOTS", "WIDE", "BLOCK", "TAIL")}
-    norms |= {
-        "DIRECTION": direction,
-        "WIDTH": 3 + len(state_dtypes),
-        "ROWS": THREADS,
-    }
-    return norms | shared, {"RATIO": ratio, "LANES": LANES} | shared
-
-
-def trust_partials(n_chunks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where trust_norms leaves its sums, the parameters' and the directions', and for float64 their scales."""
-    return torch.empty((2 if dtype == torch.float64 else 1, 2, n_chunks), dtype=torch.float64, device=device)
-
-
-def launch_trust(
-    n_chunks: int,
-    segments: Tensor,
-    chunks: Tensor,
-    rows: Tensor,
-    skip: Tensor,
-    chunk_size: int,
-    partials: Tensor,
-    tensors: Tensor,
-    first_partial: int,
-    *,
-    rule_name: str,
-    hyper_name: str,
-    clamp: bool,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    state_dtypes: tuple[torch.dtype, ...],
-) -> None:
-    """The trust ratio of each tensor into the last field of its row, in two launches: norms, then ratios."""
-    norms, ratios = trust_constants(
-        rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
-    )
-    trust_norms[(n_chunks,)](
-        segments,
-        chunks,
-        rows,
-        rows.shape[1],
-        skip,
-        partials,
-        n_chunks,
-        chunk_size,
-        **norms,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
-    )
-    trust_ratios[(rows.shape[0],)](
-        partials,
-        n_chunks,
-        tensors,
-        tensors.shape[1],
-        first_partial,
-        rows,
-        rows.shape[1],
-        skip,
-        **ratios,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
     )
 
 

@@ -199,6 +199,23 @@ def test_the_ratios_are_taken_in_float64_and_spill_nothing(table: Table) -> None
     assert ratios and all(kernel["fp64"] > 0 and kernel["local"] == 0 for kernel in ratios)
 
 
+def test_clips_that_follow_the_training_spill_nothing(table: Table) -> None:
+    """As other clips' kernels; the units' factors cost apply no register more than 64."""
+    dtypes = ("fp32", "bf16", "fp16")
+    applying = {f"units-apply-{rule}-{dtype}" for rule in ("adamw", "sgd_momentum") for dtype in dtypes}
+    measuring = {f"units-measure-{dtype}" for dtype in dtypes} | {"units-fold-fp32"}
+    deciding = {f"decide-{row}-fp32-{form}-guard" for row in ("adam", "sgd", "nadam") for form in ("zclip", "autoclip")}
+    assert applying | measuring | deciding <= set(table)
+    for name in applying:
+        kernel = table[name]
+        assert kernel["registers"] <= 64 and kernel["local"] == kernel["shared"] == kernel["fp64"] == 0, kernel
+        loads, stores = arrays_of(name.removeprefix("units-"))
+        for loop in kernel["loops"]:
+            assert loop["stored"] % (8 * sum(stores)) == 0 and loop["bytes"] >= 8 * sum(loads + stores), kernel
+    for name in measuring:
+        assert table[name]["local"] == 0 and table[name]["registers"] <= 128, table[name]
+
+
 def test_a_step_in_one_launch_fits_as_often_as_it_is_launched(table: Table, arch: str) -> None:
     steps = {name: kernel for name, kernel in table.items() if name.startswith("step-")}
     assert len(steps) == (0 if arch.startswith("gfx") else 4)  # it is launched on NVIDIA's GPUs alone

@@ -171,6 +171,30 @@ def test_bytes_of_a_step_with_a_trust_ratio(traffic: Traffic, name: str) -> None
     assert floor < traffic.bytes / sum(p.numel() for p in params) <= limit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_of_a_step_with_agc(traffic: Traffic, dtype: torch.dtype) -> None:
+    """Gradients and parameters are read once more, by which 28 bytes become 36; the factors come from the cache."""
+    shapes = [*SHAPES, (3, 5000), (300, 40), (2000, 3)]
+    params = parameters(dtype, shapes)
+    params += [torch.nn.Parameter(torch.randn(40, 170).to(dtype).t()), torch.nn.Parameter(torch.randn(9, 1).to(dtype))]
+    for p in params[-2:]:
+        p.grad = torch.randn_like(p)
+    optimizer = fusedlr.AdamW(params, lr=1e-3, backend="triton", clip=clipping.AGC())
+    optimizer.step()
+    for p in params:
+        assert p.grad is not None
+        assert traffic.touched(p.grad) == ({2}, {0})
+        assert traffic.touched(p.detach()) == ({2}, {1})
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert traffic.touched(optimizer.state[p][key]) == ({1}, {1})
+    (units,) = optimizer._plan.executors[0]._units  # type: ignore[union-attr, attr-defined]
+    assert traffic.touched(units.factors)[1] == {1}
+    # The norms of pieces are written once, and read twice: for the largest one, and for the sum.
+    loaded, stored = traffic.touched(units.norms)
+    assert loaded == {2} and stored == {1}
+    assert units.norms.numel() * 24 < 0.25 * sum(p.numel() * p.element_size() for p in params) * 9
+
+
 def test_bytes_of_bfloat16_parameters_with_float32_state(traffic: Traffic) -> None:
     """The three kernels of a clipped AdamW step, launched by hand."""
     rule, limit = RULES["adamw"], 24.5

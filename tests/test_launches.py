@@ -11,7 +11,7 @@ from cases import CASES, CLIPS, Case
 
 pytest.importorskip("triton")
 
-from fusedlr.kernels import launch
+from fusedlr.kernels import launch, launch_trust, launch_units
 
 import fusedlr
 from fusedlr import schedules
@@ -29,7 +29,7 @@ class Watch:
         self.sent: list[Any] = []
         self.run = True
         for name in KERNELS:
-            self._wrap(monkeypatch, name, getattr(launch, name))
+            self._wrap(monkeypatch, name, launch_trust if name == "launch_trust" else launch)
         send = backend.send
 
         def sending(array: Any, device: torch.device) -> torch.Tensor:
@@ -38,13 +38,15 @@ class Watch:
 
         monkeypatch.setattr(backend, "send", sending)
 
-    def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str, original: Any) -> None:
+    def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str, module: Any) -> None:
+        original = getattr(module, name)
+
         def launching(*args: Any, **kwargs: Any) -> None:
             self.launches[name.removeprefix("launch_")] += 1
             if self.run:
                 original(*args, **kwargs)
 
-        monkeypatch.setattr(launch, name, launching)
+        monkeypatch.setattr(module, name, launching)
 
     def clear(self) -> None:
         self.launches.clear()
@@ -106,13 +108,37 @@ def test_a_trust_ratio_takes_two_launches_however_many_tensors(monkeypatch: pyte
             return self.kernel[grid]
 
     for name in ("measure", "decide", "trust_norms", "trust_ratios", "apply"):
-        monkeypatch.setattr(launch, name, Counting(name, getattr(launch, name)))
+        module = launch_trust if name.startswith("trust") else launch
+        monkeypatch.setattr(module, name, Counting(name, getattr(module, name)))
     params = parameters(3, 2000, 1, 0)
     groups = [{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.1}]
     cls(groups, lr=0.1, backend="triton", clip=1.0).step()
     # A program a chunk of 1024 elements, and one a tensor.
     every = ("measure", "trust_norms", "trust_ratios", "apply")
     assert grids == {"decide": [(1,)]} | {name: [(4,)] for name in every}
+
+
+@pytest.mark.parametrize("clip", [fusedlr.clipping.ZClip(), fusedlr.clipping.AutoClip()], ids=repr)
+def test_norms_that_are_remembered_take_no_launch_more_and_travel_once(watch: Watch, clip: Any) -> None:
+    optimizer = adamw(parameters(3, 2000), clip=clip)
+    for step in range(3):
+        optimizer.step()
+        assert watch.launches == {"measure": 1, "decide": 1, "apply": 1}
+        assert bool(watch.sent) == (step == 0)
+        watch.clear()
+
+
+def test_four_launches_where_units_have_factors(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("launch_unit_measure", "launch_unit_fold"):
+        watch._wrap(monkeypatch, name, launch_units)
+    narrow, empty = parameters(3, 2000, 1), torch.nn.Parameter(torch.zeros(0, 3, device=DEVICE))
+    empty.grad = torch.zeros_like(empty)
+    optimizer = adamw([*narrow, empty], clip=fusedlr.clipping.AGC())
+    for step in range(3):
+        optimizer.step()
+        assert watch.launches == {"unit_measure": 1, "unit_fold": 1, "decide": 1, "apply": 1}
+        assert bool(watch.sent) == (step == 0)
+        watch.clear()
 
 
 @pytest.mark.parametrize("clip", [None, fusedlr.clipping.Value(1.0)], ids=repr)

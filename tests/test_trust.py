@@ -234,3 +234,8 @@ def test_defaults_are_those_of_the_reference(cls: Any, reference: Any) -> None:
     ours = cls([nn.Parameter(torch.ones(1))], lr=0.1).defaults
     theirs = reference([nn.Parameter(torch.ones(1))], lr=0.1).defaults
     assert {key: ours[key] for key in theirs} == theirs
+
+
+def test_unit_clipping_and_trust_ratios_are_not_combined() -> None:
+    with pytest.raises(ValueError, match=r"AGC.*trust ratio of LAMB"):
+        fusedlr.LAMB([torch.nn.Parameter(torch.ones(3))], clip=fusedlr.clipping.AGC())

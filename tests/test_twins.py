@@ -15,12 +15,16 @@ import fusedlr
 from fusedlr import clipping as host_clipping
 from fusedlr import optimizers
 from fusedlr import rule as host_rule
+from fusedlr.backends import units as host_units
+from fusedlr.clipping import adaptive as host_adaptive
 from fusedlr.rule import Rule
 
 pytest.importorskip("triton")
 device_rules: Any = importlib.import_module("fusedlr.kernels.rules")
 trust_rules: Any = importlib.import_module("fusedlr.kernels.trust_rules")
 device_clipping: Any = importlib.import_module("fusedlr.kernels.clipping")
+device_adaptive: Any = importlib.import_module("fusedlr.kernels.adaptive")
+device_units: Any = importlib.import_module("fusedlr.kernels.units")
 
 # Kernel functions without a reference: what the skeleton does to an element, and a strategy without a norm.
 SKELETON = {"scale", "scale_and_clamp", "no_factor"}
@@ -50,7 +54,7 @@ RULES = find_rules()
 FACTORS = {
     cls.factor.__name__: cls.factor
     for cls in (getattr(host_clipping, name) for name in host_clipping.__all__)
-    if inspect.isclass(cls) and cls.factor is not None
+    if inspect.isclass(cls) and callable(cls.factor)  # AGC's is a number
 }
 
 
@@ -113,6 +117,21 @@ def test_clip_factors_have_twins(name: str) -> None:
     twin = getattr(device_clipping, name)
     assert twin.__name__ == name
     assert arguments(twin) == arguments(FACTORS[name]) == ["norm", "max_norm", "eps"]
+
+
+@pytest.mark.parametrize("name", device_adaptive.__all__)
+def test_adaptive_thresholds_and_factors_have_twins(name: str) -> None:
+    """The reference reads a tensor where the twin reads memory."""
+    twin, reference = getattr(device_adaptive, name), getattr(host_adaptive, name)
+    assert twin.__name__ == name
+    assert [a.replace("record_ptr", "record") for a in arguments(twin)] == arguments(reference)
+    thresholds = {cls.threshold.__name__ for cls in (host_clipping.ZClip, host_clipping.AutoClip)}
+    assert set(device_adaptive.__all__) == thresholds | {"unit_factor"} <= set(host_adaptive.__all__)
+
+
+def test_the_host_knows_how_the_kernels_join_pieces() -> None:
+    for name in ("FEW", "FEW_UNITS", "MANY_UNITS"):
+        assert getattr(host_units, name) == getattr(device_units, name).value
 
 
 @pytest.mark.parametrize("name", ["expm1_log", "averaged", "averaged_square", "decayed"])

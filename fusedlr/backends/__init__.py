@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, cuda, device, xpu
 
 from ..clipping import Clip
+from ..clipping.records import Records
 from ..groups import Scheduled
 from ..rule import Rule
 from ..state import Leaf
@@ -40,6 +41,7 @@ class Knobs:
         advance: whether the clock counts this step.
         grad_norm: where the global norm goes, or None.
         clock: gives the int64 tensor (t, skipped steps) of a device.
+        records: what the clip keeps on each device.
     """
 
     scalars: list[dict[str, Any]]
@@ -53,10 +55,11 @@ class Knobs:
     advance: bool
     grad_norm: Tensor | None
     clock: Callable[[device], Tensor]
+    records: Records
 
     @property
     def scope(self) -> str | None:
-        """Over what a norm is needed: "global", "tensor", or None for no norm."""
+        """Over what a norm is needed: "global", "tensor", "unit", or None for no norm."""
         return self.clip.scope if self.clip is not None else None
 
     @property

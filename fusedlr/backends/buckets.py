@@ -63,7 +63,7 @@ class Bucket:
     """Leaves of one device, dtype and rule: what one launch of each kernel treats."""
 
     def __init__(self, leaves: list[Leaf], positions: list[int], rules: list[Rule]) -> None:
-        from fusedlr.kernels import launch
+        from fusedlr.kernels import launch, launch_trust
 
         self.leaves = leaves
         self.positions = positions
@@ -100,7 +100,7 @@ class Bucket:
         self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=self.device)
         has_trust = self.rule.trust is not None
-        self.trust = launch.trust_partials(self.n_chunks, self.dtype, self.device) if has_trust else None
+        self.trust = launch_trust.trust_partials(self.n_chunks, self.dtype, self.device) if has_trust else None
         self.values = torch.empty(0, dtype=torch.float64, device=self.device)
         self.tensors = torch.empty(0)
         self._norm = torch.empty((), device=self.device)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..clipping.adaptive import unit_factor
 from ..gather import in_order
 from ..rule import Rule
 from ..state import Leaf
 from . import Executor, Knobs
 from .torch import reference_update, trust_terms
+from .units import joined_norm, unit_grid, unit_norms
 
 __all__ = ["DeviceExecutor"]
 
@@ -28,6 +31,7 @@ class DeviceExecutor(Executor):
         super().__init__(leaves, positions)
         self._rules: list[Rule] = []
         self._norms: list[Tensor] = []
+        self._weights: list[Tensor] = []  # norms of the parameters' units, where those of gradients are of units
         self._factors: list[Tensor] | None = None
         self._skip: Tensor | None = None
 
@@ -38,7 +42,15 @@ class DeviceExecutor(Executor):
         """Each gradient is brought into order where it is read."""
 
     def measure(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
-        self._norms = [_norm(g, knobs.norm_type) for g in grads]
+        if knobs.scope != "unit":
+            self._norms = [_norm(g, knobs.norm_type) for g in grads]
+            return
+        self._norms, self._weights = [], []
+        for leaf, g in zip(self.leaves, grads, strict=True):
+            p = leaf.flat if leaf.flat is not None else in_order(leaf.param.detach(), leaf)
+            grid = unit_grid(leaf)
+            self._norms.append(unit_norms(in_order(g, leaf), grid))
+            self._weights.append(unit_norms(p, grid))
 
     def decide(self, knobs: Knobs) -> bool:
         self._factors, self._skip = None, None
@@ -51,18 +63,28 @@ class DeviceExecutor(Executor):
                 "nonfinite='propagate'"
             )
         main = self.leaves[0].device
-        norms = torch.stack([norm.to(main) for norm in self._norms])
-        norm = _norm(norms, knobs.norm_type)
-        if knobs.scope is not None:
-            assert knobs.clip is not None and knobs.clip.factor is not None
-            max_norm, eps, _ = knobs.clip_numbers
-            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms, max_norm, eps)
-            self._factors = list(factors.expand(len(norms)).unbind())
+        moved = [norm.to(main) for norm in self._norms]
+        if knobs.scope == "unit":
+            norm = joined_norm(moved)
+            self._factors = [self._of_elements(i, knobs) for i in range(len(self.leaves))]
+        else:
+            norms = torch.stack(moved)
+            norm = _norm(norms, knobs.norm_type)
         if knobs.nonfinite == "raise" and not bool(torch.isfinite(norm)):  # to raise is to wait, as documented
             raise FloatingPointError(
                 f"the gradients hold an inf or NaN (their norm is {float(norm)}), and nonfinite='raise'; "
                 "nothing was changed"
             )
+        if knobs.scope in ("global", "tensor"):
+            assert knobs.clip is not None
+            max_norm: Any
+            max_norm, eps, _ = knobs.clip_numbers
+            if knobs.clip.threshold is not None:
+                threshold = knobs.clip.threshold(knobs.records.on(main), norm, eps, knobs.advance)
+                knobs.records.share([main])
+                max_norm = torch.clamp(threshold, max=max_norm)
+            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms, max_norm, eps)
+            self._factors = list(factors.expand(len(norms)).unbind())
         if knobs.grad_norm is not None:
             knobs.grad_norm.copy_(norm)
         if knobs.nonfinite == "skip":
@@ -70,6 +92,13 @@ class DeviceExecutor(Executor):
             taken = torch.stack([~self._skip & knobs.advance, self._skip])
             knobs.clock(main).add_(taken)
         return False
+
+    def _of_elements(self, i: int, knobs: Knobs) -> Tensor:
+        """The factor of every element of a leaf, by its unit."""
+        leaf = self.leaves[i]
+        grid = unit_grid(leaf)
+        factors = unit_factor(self._norms[i], self._weights[i], *knobs.records.on(leaf.device).unbind())
+        return factors.to(torch.promote_types(leaf.dtype, torch.float32)).view(1, -1, 1).expand(grid).reshape(-1)
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         limit = knobs.clip_numbers[2]
