@@ -27,7 +27,7 @@ _OWN = "_fusedlr"
 
 def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
     """(t, skipped steps); where steps may have been skipped on a device, this waits for it."""
-    if optimizer._nonfinite != "skip" or not optimizer._clocks:
+    if not optimizer._may_skip or not optimizer._clocks:
         return optimizer._t, optimizer._skipped_before
     t, skipped = next(iter(optimizer._clocks.values())).tolist()
     optimizer._t = t
@@ -135,6 +135,8 @@ def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
         "nonfinite": optimizer._nonfinite,
         "flatten": optimizer._flatten,
         "backend": optimizer._backend,
+        "grad_divisor": optimizer._grad_divisor,
+        "fold_grad_scale": optimizer._step_supports_amp_scaling,
         "t": t,
         "skipped": skipped,
         "last_lr": [lr.clone() if isinstance(lr, Tensor) else lr for lr in optimizer._last_lr],
@@ -154,6 +156,8 @@ def revive(optimizer: FusedOptimizer, own: Mapping[str, Any]) -> None:
     optimizer._nonfinite = own["nonfinite"]
     optimizer._flatten = own["flatten"]
     optimizer._backend = own["backend"]
+    optimizer.grad_divisor = own["grad_divisor"]
+    optimizer.fold_grad_scale = own["fold_grad_scale"]
     optimizer._reset()
     optimizer._t = own["t"]
     optimizer._skipped_before = own["skipped"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from . import checkpoint
+from . import checkpoint, scaling
 from .backends import Backend, Executor, Knobs, choose_backend, executors_for
 from .clipping import Clip, as_clip
 from .flat import rehome
@@ -42,6 +42,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _namesake: ClassVar[type[torch.optim.Optimizer]]
+    grad_divisor = scaling.grad_divisor
+    fold_grad_scale = scaling.fold_grad_scale
 
     def __init__(
         self,
@@ -68,6 +70,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._nonfinite = nonfinite
         self._flatten = bool(flatten)
         self._backend: Backend = choose_backend(backend)
+        self._grad_divisor: Any = scaling.UNSCALED.divisor
+        self._step_supports_amp_scaling = False
         self._reset()
         defaults = {**self._validated(defaults), "schedule": schedule, "clip": self._clip, "norm_group": None}
         super().__init__(params, defaults)
@@ -87,6 +91,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._clocks: dict[torch.device, Tensor] = {}
         self._skipped_before = 0
+        self._may_skip = self._nonfinite == "skip"
         self._last_lr: list[Any] = []
 
     @abstractmethod
@@ -129,7 +134,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps ``nonfinite="skip"`` has skipped: a 0-dim int64 device tensor."""
+        """How many steps ``nonfinite="skip"`` or a scaler's ``found_inf`` skipped: a 0-dim int64 device tensor."""
         return self._clock(self._device())[1]
 
     @property
@@ -263,6 +268,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _take_step(self) -> None:
+        scale = scaling.scale_of(self)
         plan, grads, banks = self._gather()
         if not grads:
             return
@@ -278,7 +284,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             t=self._t,
             clip=self._clip,
             clip_numbers=self._clip_numbers(),
+            scale=scale,
             nonfinite=self._nonfinite,
+            may_skip=self._may_skip,
             advance=not self._is_hidden_step(banks),
             grad_norm=self.last_grad_norm,
             clock=self._clock,
@@ -346,10 +354,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         return plan, grads, banks
 
     def _check_one_executor(self, executors: list[Executor]) -> None:
-        needs_all = self._nonfinite != "propagate" or (self._clip is not None and self._clip.scope is not None)
+        guards = self._nonfinite != "propagate" or self._may_skip
+        needs_all = guards or (self._clip is not None and self._clip.scope is not None)
         if len(executors) > 1 and needs_all:
             raise ValueError(
-                "clip and nonfinite need all gradients on one kind of device: a norm over both the CPU and a GPU would "
+                "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: a norm over both the CPU and a GPU would "
                 "have to wait for the GPU in every step; use one optimizer for the parameters of each"
             )
 

@@ -15,6 +15,7 @@ from torch import Tensor, cuda, device, xpu
 from ..clipping import Clip
 from ..groups import Scheduled
 from ..rule import Rule
+from ..scaling import GradScale
 from ..state import Leaf
 
 __all__ = ["Backend", "Executor", "Knobs", "choose_backend", "executors_for"]
@@ -36,7 +37,9 @@ class Knobs:
         t: the clock: steps taken so far, as far as the host knows.
         clip: the clipping strategy, or None.
         clip_numbers: its (max_norm, eps, limit) for this step.
+        scale: what the gradients are divided by, and whether a scaler found an inf.
         nonfinite: "propagate", "skip" or "raise".
+        may_skip: whether steps have been, or may be, skipped: then the clock of the device is the one that counts.
         advance: whether the clock counts this step.
         grad_norm: where the global norm goes, or None.
         clock: gives the int64 tensor (t, skipped steps) of a device.
@@ -49,7 +52,9 @@ class Knobs:
     t: int
     clip: Clip | None
     clip_numbers: tuple[float, float, float]
+    scale: GradScale
     nonfinite: str
+    may_skip: bool
     advance: bool
     grad_norm: Tensor | None
     clock: Callable[[device], Tensor]

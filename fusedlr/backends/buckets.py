@@ -169,7 +169,7 @@ class Bucket:
         self._staged = []
 
     def scalars(self, knobs: Knobs, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The groups' scalars, a sign behind each group's and the clip's numbers last; the tensors among them.
+        """The groups' scalars, a sign behind each group's, then the clip's and the gradients' scale; the tensors among them.
 
         ``targets`` are the places of those that a schedule drives. They are computed on the device: left out here, they
         keep the table from travelling in every step.
@@ -180,6 +180,7 @@ class Bucket:
             given += [scalars.get(name, 0.0) for name in names]
             given.append(-1.0 if maximize else 1.0)
         given += knobs.clip_numbers
+        given += knobs.scale
         for target in targets:
             given[target] = 0.0
         # Tensors may have been written in place; numbers that are equal need no second look.
@@ -190,8 +191,8 @@ class Bucket:
         values, addresses = np.zeros(len(given)), np.zeros(len(given), dtype=np.int64)
         self._kept_scalars = []
         for i, value in enumerate(given):
-            if isinstance(value, Tensor) and value.device == self.device and self.device.type != "cpu":
-                addresses[i] = self._address(value)
+            if isinstance(value, Tensor) and value.device.type != "cpu" and self.device.type != "cpu":
+                addresses[i] = self._address(value.to(self.device, non_blocking=True))
             else:
                 values[i] = float(value)
         if self.values.numel() != values.size:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..gather import in_order
 from ..rule import Rule
+from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
 from .torch import reference_update
@@ -28,7 +30,7 @@ class DeviceExecutor(Executor):
         super().__init__(leaves, positions)
         self._rules: list[Rule] = []
         self._norms: list[Tensor] = []
-        self._factors: list[Tensor] | None = None
+        self._factors: list[Any] | None = None
         self._skip: Tensor | None = None
 
     def prepare(self, rules: list[Rule]) -> None:
@@ -42,23 +44,38 @@ class DeviceExecutor(Executor):
 
     def decide(self, knobs: Knobs) -> bool:
         self._factors, self._skip = None, None
-        if not knobs.measures:
-            return False
-        if knobs.nonfinite == "skip" and any(knobs.schedules):
+        main = self.leaves[0].device
+        if knobs.may_skip and any(knobs.schedules):
             raise ValueError(
-                "nonfinite='skip' with a schedule needs the Triton backend on an accelerator: only there does the "
-                "schedule see which steps were skipped without waiting for the device; install triton, or use "
-                "nonfinite='propagate'"
+                "nonfinite='skip' or fold_grad_scale with a schedule needs the Triton backend on an accelerator: only "
+                "there does the schedule see which steps were skipped without waiting for the device; install triton, "
+                "or use nonfinite='propagate' and leave fold_grad_scale off"
             )
+        inverse, self._skip = (1.0, None) if knobs.scale is UNSCALED else knobs.scale.on_device(main)
+        if knobs.scale is not UNSCALED:
+            self._factors = [inverse] * len(self.leaves)
+        if knobs.measures:
+            self._measured(knobs, inverse)
+        if knobs.may_skip:
+            clock = knobs.clock(main)
+            if self._skip is None:
+                clock[0].add_(int(knobs.advance))
+            else:
+                clock.add_(torch.stack([~self._skip & knobs.advance, self._skip]))
+        return False
+
+    def _measured(self, knobs: Knobs, inverse: Any) -> None:
+        """What the norms decide."""
         main = self.leaves[0].device
         norms = torch.stack([norm.to(main) for norm in self._norms])
-        norm = _norm(norms, knobs.norm_type)
+        norm = _norm(norms, knobs.norm_type) * inverse
         if knobs.scope is not None:
             assert knobs.clip is not None and knobs.clip.factor is not None
             max_norm, eps, _ = knobs.clip_numbers
-            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms, max_norm, eps)
+            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms * inverse, max_norm, eps) * inverse
             self._factors = list(factors.expand(len(norms)).unbind())
-        if knobs.nonfinite == "raise" and not bool(torch.isfinite(norm)):  # to raise is to wait, as documented
+        finite, found = torch.isfinite(norm), self._skip
+        if knobs.nonfinite == "raise" and not bool(finite if found is None else finite | found):  # a wait, as documented
             raise FloatingPointError(
                 f"the gradients hold an inf or NaN (their norm is {float(norm)}), and nonfinite='raise'; "
                 "nothing was changed"
@@ -66,10 +83,7 @@ class DeviceExecutor(Executor):
         if knobs.grad_norm is not None:
             knobs.grad_norm.copy_(norm)
         if knobs.nonfinite == "skip":
-            self._skip = ~torch.isfinite(norm)
-            taken = torch.stack([~self._skip & knobs.advance, self._skip])
-            knobs.clock(main).add_(taken)
-        return False
+            self._skip = ~finite if found is None else ~finite | found
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         limit = knobs.clip_numbers[2]
@@ -81,7 +95,8 @@ class DeviceExecutor(Executor):
             values = knobs.scalars[leaf.group].items()
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
             h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
-            factor = 1.0 if self._factors is None else self._factors[i].to(leaf.device)
+            factor = 1.0 if self._factors is None else self._factors[i]
+            factor = factor.to(leaf.device) if isinstance(factor, Tensor) else factor
             new = reference_update(rule, p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group])
             numbers = (step, *h[: len(leaf.carried)])
             for old, value in zip((leaf.step, *leaf.carried, p, *leaf.slots), (*numbers, *new), strict=True):

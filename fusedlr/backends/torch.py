@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..gather import in_order
 from ..rule import Rule
+from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
 from .batches import ROUND, Batch, Call, Round, calls_of, pieces
@@ -121,14 +122,16 @@ class HostExecutor(Executor):
         return euclidean(norms)
 
     def decide(self, knobs: Knobs) -> bool:
-        self._factors, self._skip = None, False
+        inverse, self._skip = (1.0, False) if knobs.scale is UNSCALED else knobs.scale.on_host()
+        self._factors = None if inverse == 1.0 else [inverse]
         if not knobs.measures:
-            self._count(knobs, skipped=False)
-            return False
+            self._count(knobs, self._skip)
+            return self._skip
         norm = self._norm
         if norm is None:
             norm = combine((pair for pairs in self._pairs for pair in pairs), knobs.norm_type)
-        if knobs.nonfinite != "propagate" and not math.isfinite(norm):
+        norm *= inverse
+        if knobs.nonfinite != "propagate" and not self._skip and not math.isfinite(norm):
             if knobs.nonfinite == "raise":
                 raise FloatingPointError(
                     f"the gradients hold an inf or NaN (norm {norm}), and nonfinite='raise'; nothing was changed"
@@ -137,17 +140,20 @@ class HostExecutor(Executor):
         elif knobs.scope is not None:
             assert knobs.clip is not None and knobs.clip.factor is not None
             max_norm, eps, _ = knobs.clip_numbers
-            norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) for p in self._pairs]
-            self._factors = [knobs.clip.factor(n, max_norm, eps) for n in norms]
+            norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) * inverse for p in self._pairs]
+            self._factors = [knobs.clip.factor(n, max_norm, eps) * inverse for n in norms]
         if knobs.grad_norm is not None:
             knobs.grad_norm.fill_(norm)
         self._count(knobs, self._skip)
         return self._skip
 
     def _count(self, knobs: Knobs, skipped: bool) -> None:
-        if knobs.nonfinite == "skip":
+        if knobs.may_skip:
             clock = knobs.clock(self.leaves[0].device)
-            clock[int(skipped)] += 1 if skipped else int(knobs.advance)
+            if skipped:
+                clock[1] += 1
+            else:
+                clock[0] = knobs.t + knobs.advance
 
     # ---- apply -------------------------------------------------------------------------------------------------
 

@@ -199,9 +199,9 @@ class TritonExecutor(Executor):
                 arguments, choices = self._decide_arguments(bucket, knobs)
                 with bucket.here:
                     self._launch.launch_decide(*arguments, **choices)
-        if knobs.nonfinite == "raise" and int(self._buckets[0].skip):  # to raise is to wait for the device
+        if knobs.nonfinite == "raise" and int(self._buckets[0].skip) == 1:  # to raise is to wait for the device
             raise FloatingPointError("the gradients hold an inf or NaN, and nonfinite='raise'; nothing was changed")
-        if knobs.nonfinite != "skip":
+        if not knobs.may_skip:
             return False
         device = self._buckets[0].device
         if device.type == "cpu":
