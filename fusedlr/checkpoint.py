@@ -8,26 +8,26 @@ optimizer, not from a checkpoint, which holds their ``repr`` for the reader.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .groups import GROUP_KEY
-from .state import adopt, check_entry, ensure_state, entry_views
+from .state import Bank, adopt, check_entry, ensure_state, entry_views
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-__all__ = ["check", "own_state", "restore", "revive", "save", "take_own_state"]
+__all__ = ["check", "is_hidden_step", "own_state", "restore", "revive", "save", "take_own_state"]
 
 _CODE_KEYS = ("schedule", "clip", "norm_group")
 _OWN = "_fusedlr"
 
 
 def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
-    """(t, skipped steps); where steps may have been skipped on a device, this waits for it."""
-    if not optimizer._may_skip or not optimizer._clocks:
+    """(t, skipped steps); where a device may have skipped steps, or replayed them from a graph, this waits for it."""
+    if not (optimizer._may_skip or optimizer._captured) or not optimizer._clocks:
         return optimizer._t, optimizer._skipped_before
     t, skipped = next(iter(optimizer._clocks.values())).tolist()
     optimizer._t = t
@@ -125,6 +125,19 @@ def _take_in(optimizer: FusedOptimizer) -> None:
 
 def _largest_step(optimizer: FusedOptimizer) -> int:
     return max((int(leaf.step.item()) for leaf in optimizer._leaves if leaf.step is not None), default=0)
+
+
+def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:
+    """Whether this is the first step ever, with every lr 0, and those that have a schedule overridden.
+
+    torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it. Without
+    any schedule it cannot be told from a warm-up of the user's own that begins at 0, and nothing reads the clock.
+    """
+    lrs = [s for scheduled in optimizer._schedules for s in scheduled if s.name == "lr"]
+    if optimizer._t or not banks or not lrs or not all(s.overridden() for s in lrs):
+        return False
+    values = [group["lr"] for group in optimizer.param_groups]
+    return not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in values) and not any(values)
 
 
 def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:

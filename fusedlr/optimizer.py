@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from . import checkpoint, scaling
+from . import capture, checkpoint, scaling
 from .backends import Backend, Executor, Knobs, choose_backend, executors_for
 from .clipping import Clip, as_clip
 from .flat import rehome
@@ -93,6 +95,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._skipped_before = 0
         self._may_skip = self._nonfinite == "skip"
         self._last_lr: list[Any] = []
+        self._captured: list[Any] = []  # what graphs of captured steps hold the addresses of
+        self._replayed: capture.ReplayedClock | None = None
 
     @abstractmethod
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -118,6 +122,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def last_lr(self) -> list[float]:
         """The lr of the last step, one float a param group, from the host's own evaluation (no wait for a device)."""
+        capture.follow(self)
         return [float(lr) for lr in self._last_lr or (group["lr"] for group in self.param_groups)]
 
     @property
@@ -140,6 +145,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def steps_taken(self) -> int:
         """The clock t, as far as the host knows: steps taken, those skipped not counted."""
+        capture.follow(self)
         return self._t
 
     def _device(self) -> torch.device:
@@ -153,6 +159,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def next_lr(self) -> list[float]:
         """The lr that the next step will use, one float a param group."""
+        capture.follow(self)
         return [float(values["lr"]) for values in self._scalars()]
 
     def __repr__(self) -> str:
@@ -245,6 +252,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: for a gradient that does not fit its parameter; nothing has changed then.
             FloatingPointError: with ``nonfinite="raise"``, for an inf or NaN; nothing has changed then.
         """
+        if is_compiling():  # never true but where torch.compile traces this, whose graph ends here
+            return _step_outside_graphs(self, closure)
         if torch._C._autograd._profiler_enabled() or any(
             (_global_pre_hooks, _global_post_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
         ):
@@ -272,9 +281,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan, grads, banks = self._gather()
         if not grads:
             return
+        capture.follow(self)
+        captures = False
         for executor in plan.executors:
-            arrived = executor.arrived_clock()
+            arrived = None if self._captured else executor.arrived_clock()
             self._t = self._t if arrived is None else arrived
+            captures = captures or executor.captures()
+        if captures:
+            capture.check_captured(self, plan)
         scalars = self._scalars()
         knobs = Knobs(
             scalars=scalars,
@@ -287,7 +301,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale=scale,
             nonfinite=self._nonfinite,
             may_skip=self._may_skip,
-            advance=not self._is_hidden_step(banks),
+            advance=not checkpoint.is_hidden_step(self, banks),
             grad_norm=self.last_grad_norm,
             clock=self._clock,
         )
@@ -298,7 +312,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 bank.move_out(self.state)
             self._plan = None
             raise
-        if not skipped:
+        if captures:  # nothing has run: that the clock and the lr move will be heard of the replays
+            self._captured += [executor.hand_over() for executor in plan.executors]
+        if self._captured and self._replayed is not None:
+            self._replayed.record(self._clock(self._device()))
+        if not skipped and not captures:
             self._show(scalars)
             self._t += knobs.advance
 
@@ -326,7 +344,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         present = [g for g in grads if g is not None]
         kept = plan is not None and plan.active == active and plan.ptrs == ptrs and not touched
         # Where a gradient lies otherwise, its parameter may have become another view of the same memory.
-        if plan is not None and kept and rules == self._rules and not any(leaf.moved() for leaf in plan.leaves):
+        if plan is not None and kept and rules == self._rules and plan.still_fits(present):
             plan.layout(present)
             return plan, present, []
         return self._replan(rules, active, ptrs, present)
@@ -334,12 +352,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replan(
         self, rules: list[Rule], active: list[bool], ptrs: list[int], grads: list[Tensor]
     ) -> tuple[Plan, list[Tensor], list[Bank]]:
+        capture.check_planned(self._leaves)
         self._plan = None
         for leaf in self._leaves:
             if leaf.moved():
                 leaf.locate()
         leaves = [leaf for leaf, is_active in zip(self._leaves, active, strict=True) if is_active]
         check_gradients(leaves, grads)
+        for leaf, g in zip(leaves, grads, strict=True):
+            leaf.grad_dtype = g.dtype
         executors = executors_for(self._backend, leaves)
         self._check_one_executor(executors)
         self._adopt_replaced(rules)
@@ -348,6 +369,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for executor in executors:
             executor.prepare(rules)
         plan.layout(grads)
+        if self._replayed is None and self._device().type == "cuda":
+            self._replayed = capture.ReplayedClock(self._device())
         self._rules = rules
         self._plan = plan
         self._watch_state()
@@ -358,8 +381,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         needs_all = guards or (self._clip is not None and self._clip.scope is not None)
         if len(executors) > 1 and needs_all:
             raise ValueError(
-                "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: a norm over both the CPU and a GPU would "
-                "have to wait for the GPU in every step; use one optimizer for the parameters of each"
+                "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: what both the CPU and a "
+                "GPU decide would have to wait for the GPU in every step; use one optimizer for the parameters of each"
             )
 
     def _clock(self, device: torch.device) -> Tensor:
@@ -396,18 +419,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not s.overridden():
                     s.show(values[s.name])
         self._last_lr = [values["lr"] for values in scalars]
-
-    def _is_hidden_step(self, banks: list[Bank]) -> bool:
-        """Whether this is the first step ever, with every lr 0, and those that have a schedule overridden.
-
-        torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it. Without
-        any schedule it cannot be told from a warm-up of the user's own that begins at 0, and nothing reads the clock.
-        """
-        lrs = [s for scheduled in self._schedules for s in scheduled if s.name == "lr"]
-        if self._t or not banks or not lrs or not all(s.overridden() for s in lrs):
-            return False
-        values = [group["lr"] for group in self.param_groups]
-        return not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in values) and not any(values)
 
     # ---- state that others touch -------------------------------------------------------------------------------
 
@@ -463,6 +474,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 # The step as torch.optim wraps it, for whoever has registered hooks or records a profile.
 _hooked_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
+# The step where torch.compile is at work: run as it is, with nothing in it traced, so that nothing in it recompiles.
+_step_outside_graphs = _disable_dynamo(FusedOptimizer.step)
 
 
 def _is_view(value: Any, view: Tensor) -> bool:

@@ -40,6 +40,7 @@ class Leaf:
         "device",
         "dtype",
         "flat",
+        "grad_dtype",
         "group",
         "home",
         "index",
@@ -66,6 +67,7 @@ class Leaf:
         self.slots: tuple[Tensor, ...] = ()
         self.step: Tensor | None = None
         self.carried: tuple[Tensor, ...] = ()
+        self.grad_dtype = param.dtype  # of the gradients that the plan was made for
         self.locate()
 
     def locate(self) -> None:

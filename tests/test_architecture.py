@@ -21,7 +21,7 @@ KERNELS = ROOT / "kernels"
 LAYERS = [
     {"schedules", "rule", "flat"},
     {"clipping", "scaling"},
-    {"groups", "state"},
+    {"capture", "groups", "state"},
     {"gather"},
     {"backends"},
     {"checkpoint"},

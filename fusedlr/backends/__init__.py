@@ -106,6 +106,14 @@ class Executor(ABC):
         """The clock, where news of skipped steps has come from a device since it was last asked; never waits."""
         return None
 
+    def captures(self) -> bool:
+        """Whether this step is not taken but captured in a CUDA graph."""
+        return False
+
+    def hand_over(self) -> list[Any]:
+        """What the graph of a captured step reads and writes; the next step makes anew what may change of it."""
+        return []
+
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         """Update parameters and state in one pass."""

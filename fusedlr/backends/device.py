@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import capture
 from ..gather import in_order
 from ..rule import Rule
 from ..scaling import UNSCALED
@@ -29,12 +30,16 @@ class DeviceExecutor(Executor):
     def __init__(self, leaves: list[Leaf], positions: list[int] | None) -> None:
         super().__init__(leaves, positions)
         self._rules: list[Rule] = []
+        self._devices = list(dict.fromkeys(leaf.device for leaf in leaves))
         self._norms: list[Tensor] = []
         self._factors: list[Any] | None = None
         self._skip: Tensor | None = None
 
     def prepare(self, rules: list[Rule]) -> None:
         self._rules = rules
+
+    def captures(self) -> bool:
+        return any(capture.capturing(device) for device in self._devices)
 
     def layout(self, ordered: Sequence[bool]) -> None:
         """Each gradient is brought into order where it is read."""
@@ -51,17 +56,21 @@ class DeviceExecutor(Executor):
                 "there does the schedule see which steps were skipped without waiting for the device; install triton, "
                 "or use nonfinite='propagate' and leave fold_grad_scale off"
             )
+        if self.captures() and (any(knobs.schedules) or knobs.max_norm_schedule is not None):
+            raise RuntimeError(
+                "a schedule does not move in a CUDA graph on the PyTorch backend, where the host computes it; install "
+                "triton for the Triton backend, or capture a step without a schedule"
+            )
         inverse, self._skip = (1.0, None) if knobs.scale is UNSCALED else knobs.scale.on_device(main)
         if knobs.scale is not UNSCALED:
             self._factors = [inverse] * len(self.leaves)
         if knobs.measures:
             self._measured(knobs, inverse)
-        if knobs.may_skip:
-            clock = knobs.clock(main)
-            if self._skip is None:
-                clock[0].add_(int(knobs.advance))
-            else:
-                clock.add_(torch.stack([~self._skip & knobs.advance, self._skip]))
+        clock = knobs.clock(main)
+        if self._skip is None:
+            clock[0].add_(int(knobs.advance))
+        else:
+            clock.add_(torch.stack([~self._skip & knobs.advance, self._skip]))
         return False
 
     def _measured(self, knobs: Knobs, inverse: Any) -> None:
@@ -75,7 +84,7 @@ class DeviceExecutor(Executor):
             factors = knobs.clip.factor(norm if knobs.scope == "global" else norms * inverse, max_norm, eps) * inverse
             self._factors = list(factors.expand(len(norms)).unbind())
         finite, found = torch.isfinite(norm), self._skip
-        if knobs.nonfinite == "raise" and not bool(finite if found is None else finite | found):  # a wait, as documented
+        if knobs.nonfinite == "raise" and not bool(finite if found is None else finite | found):  # to raise is to wait
             raise FloatingPointError(
                 f"the gradients hold an inf or NaN (their norm is {float(norm)}), and nonfinite='raise'; "
                 "nothing was changed"

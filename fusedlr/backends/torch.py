@@ -19,7 +19,7 @@ from ..rule import Rule
 from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
-from .batches import ROUND, Batch, Call, Round, calls_of, pieces
+from .batches import ROUND, Batch, Call, Round, calls_of, pieces, wide
 from .norms import combine, euclidean, piece_sum, row_norms
 
 __all__ = ["HostExecutor", "reference_update"]
@@ -37,13 +37,13 @@ def reference_update(
     rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
 ) -> tuple[Tensor, ...]:
     """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
-    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    g = g.to(wide)
+    dtype = wide(p.dtype)
+    g = g.to(dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
         g = g * factor
     if limit != math.inf:
         g = g.clamp(-limit, limit)
-    return rule.update(p.to(wide), -g if maximize else g, *[slot.to(wide) for slot in slots], h)
+    return rule.update(p.to(dtype), -g if maximize else g, *[slot.to(dtype) for slot in slots], h)
 
 
 class HostExecutor(Executor):
@@ -92,7 +92,7 @@ class HostExecutor(Executor):
         if len(batch.leaves) == 1:
             return batch.gradient(grads)
         if batch.gathered is None:
-            return batch.gather(grads, self._scratch_of(batch.leaves[0].dtype) if scratch is None else scratch)
+            return batch.gather(grads, self._scratch_of(batch.dtype) if scratch is None else scratch)
         return batch.gathered[: batch.numel] if self._gathered else batch.gather(grads, batch.gathered)
 
     # ---- measure and decide ------------------------------------------------------------------------------------
@@ -205,11 +205,11 @@ class HostExecutor(Executor):
             if _LEAST_FOLDED < factor < math.inf and factor != 1.0:
                 folded = call.rule.fold(step, factor, scalars)
         if folded is not None:
-            for treated in call.rounds(False, self._scratch_of(call.leaf.dtype)):
+            for treated in call.rounds(call.converts, self._scratch_of(call.leaf.dtype)):
                 self._treat(call, treated, grads, folded, knobs, limit, folded=True)
             return
         clipped = limit != math.inf or (self._factors is not None and any(f != 1.0 for f in self._factors))
-        for treated in call.rounds(clipped, self._scratch_of(call.leaf.dtype)):
+        for treated in call.rounds(clipped or call.converts, self._scratch_of(call.leaf.dtype)):
             self._treat(call, treated, grads, scalars, knobs, limit)
 
     def _treat(
@@ -233,6 +233,9 @@ class HostExecutor(Executor):
             g = whole if stop - start == batch.numel else whole[start:stop]
             factor = self._factor(batch) if not folded and (alone or len(self._factors or ()) == 1) else 1.0
             out = scratch if alone else g
+            if alone and call.converts:
+                assert scratch is not None
+                g = scratch.copy_(g)
             if factor != 1.0:
                 g = torch.mul(g, factor, out=out)
             if limit != math.inf:
