@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .state import Leaf
 
-__all__ = ["ReplayedClock", "Spare", "capturing", "check_captured", "check_planned", "follow"]
+__all__ = ["CaptureError", "ReplayedClock", "Spare", "capturing", "check_captured", "check_planned", "follow"]
+
+
+class CaptureError(RuntimeError):
+    """A step that cannot be captured in a CUDA graph; nothing has changed."""
 
 
 def capturing(device: torch.device) -> bool:
@@ -29,7 +33,7 @@ def capturing(device: torch.device) -> bool:
 def check_planned(leaves: Sequence[Leaf]) -> None:
     """Raise an error where state and tables would have to be made while a graph is captured."""
     if any(capturing(device) for device in dict.fromkeys(leaf.device for leaf in leaves)):
-        raise RuntimeError(
+        raise CaptureError(
             "optimizer.step() cannot be captured in a CUDA graph as the first step, or as the first one after other "
             "parameters have gradients, or after a parameter, its state or a param group was replaced: what it would "
             "allocate and fill would be filled again by every replay; take a step like the captured one before the "
@@ -40,7 +44,7 @@ def check_planned(leaves: Sequence[Leaf]) -> None:
 def check_captured(optimizer: FusedOptimizer, plan: Plan) -> None:
     """Raise an error where the replays of a captured step would not do what the step does."""
     if optimizer._nonfinite == "raise":
-        raise RuntimeError(
+        raise CaptureError(
             "a step with nonfinite='raise' looks at the device in the middle, which a CUDA graph cannot; "
             "use nonfinite='skip' and watch skipped_steps"
         )
@@ -50,7 +54,7 @@ def check_captured(optimizer: FusedOptimizer, plan: Plan) -> None:
         if not is_active and leaf.param.requires_grad
     ]
     if missing:
-        raise RuntimeError(
+        raise CaptureError(
             f"{len(missing)} parameters that require gradients have none while a CUDA graph is captured (the first is "
             f"parameter {missing[0]}): no replay would ever step them; give them gradients before the capture "
             "(torch.zeros_like(parameter)), call parameter.requires_grad_(False), or leave them out of the optimizer"
@@ -74,7 +78,7 @@ class Spare:
         """(the table on the device in every replay, the memory that must be kept for that)."""
         memory, self._memory = self._memory, None
         if memory is None or memory.shape != table.shape:
-            raise RuntimeError(
+            raise CaptureError(
                 "a CUDA graph is captured, and a table of the optimizer changed for which no memory was set aside; "
                 "take one step like the captured one before each capture"
             )

@@ -307,7 +307,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         try:
             skipped = _run(plan, grads, knobs)
-        except (FloatingPointError, ValueError):  # from decide, before anything was written
+        except (FloatingPointError, ValueError, capture.CaptureError):  # before anything was written
             for bank in banks:
                 bank.move_out(self.state)
             self._plan = None

@@ -109,9 +109,9 @@ fold_grad_scale = property(
     _set_fold,
     doc="""Whether ``torch.amp.GradScaler`` leaves unscaling and skipping to the step; False at first.
 
-    The scaler then sets ``grad_scale`` and ``found_inf``, tensors on the device, and the step folds the one into its clip
-    factor and changes nothing where the other is not 0: no pass that writes unscaled gradients, no wait for the
-    device. This is torch's ``_step_supports_amp_scaling``, with which Lightning refuses ``gradient_clip_val`` and
-    Accelerate does not see skipped steps.
+    The scaler then sets ``grad_scale`` and ``found_inf``, tensors on the device. The step folds the one into its clip
+    factor, and changes nothing where the other is not 0: nobody waits for the device. This is torch's
+    ``_step_supports_amp_scaling``, with which Lightning refuses ``gradient_clip_val`` and Accelerate does not see
+    skipped steps.
     """,
 )

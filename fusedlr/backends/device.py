@@ -57,7 +57,7 @@ class DeviceExecutor(Executor):
                 "or use nonfinite='propagate' and leave fold_grad_scale off"
             )
         if self.captures() and (any(knobs.schedules) or knobs.max_norm_schedule is not None):
-            raise RuntimeError(
+            raise capture.CaptureError(
                 "a schedule does not move in a CUDA graph on the PyTorch backend, where the host computes it; install "
                 "triton for the Triton backend, or capture a step without a schedule"
             )
