@@ -9,26 +9,26 @@ for the reader.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .groups import GROUP_KEY
-from .state import adopt, check_entry, ensure_state, entry_views
+from .state import Bank, adopt, check_entry, ensure_state, entry_views
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-__all__ = ["check", "own_state", "restore", "revive", "save", "take_own_state"]
+__all__ = ["check", "is_hidden_step", "own_state", "restore", "revive", "save", "take_own_state"]
 
 _CODE_KEYS = ("schedule", "clip", "norm_group")
 _OWN = "_fusedlr"
 
 
 def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
-    """(t, skipped steps); where steps may have been skipped on a device, this waits for it."""
-    if optimizer._nonfinite != "skip" or not optimizer._clocks:
+    """(t, skipped steps); where a device may have skipped steps, or replayed them from a graph, this waits for it."""
+    if not (optimizer._may_skip or optimizer._captured) or not optimizer._clocks:
         return optimizer._t, optimizer._skipped_before
     t, skipped = next(iter(optimizer._clocks.values())).tolist()
     optimizer._t = t
@@ -139,6 +139,19 @@ def _largest_step(optimizer: FusedOptimizer) -> int:
     return max((int(leaf.step.item()) for leaf in optimizer._leaves if leaf.step is not None), default=0)
 
 
+def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:
+    """Whether this is the first step ever, with every lr 0, and those that have a schedule overridden.
+
+    torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it. Without
+    any schedule it cannot be told from a warm-up of the user's own that begins at 0, and nothing reads the clock.
+    """
+    lrs = [s for scheduled in optimizer._schedules for s in scheduled if s.name == "lr"]
+    if optimizer._t or not banks or not lrs or not all(s.overridden() for s in lrs):
+        return False
+    values = [group["lr"] for group in optimizer.param_groups]
+    return not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in values) and not any(values)
+
+
 def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
     """What copying and pickling must keep beside torch's defaults, state and param groups."""
     t, skipped = sync_clock(optimizer)
@@ -147,6 +160,8 @@ def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
         "nonfinite": optimizer._nonfinite,
         "flatten": optimizer._flatten,
         "backend": optimizer._backend,
+        "grad_divisor": optimizer._grad_divisor,
+        "fold_grad_scale": optimizer._step_supports_amp_scaling,
         "t": t,
         "skipped": skipped,
         "statistics": optimizer._records.save(),
@@ -167,6 +182,8 @@ def revive(optimizer: FusedOptimizer, own: Mapping[str, Any]) -> None:
     optimizer._nonfinite = own["nonfinite"]
     optimizer._flatten = own["flatten"]
     optimizer._backend = own["backend"]
+    optimizer.grad_divisor = own["grad_divisor"]
+    optimizer.fold_grad_scale = own["fold_grad_scale"]
     optimizer._reset()
     optimizer._t = own["t"]
     optimizer._skipped_before = own["skipped"]

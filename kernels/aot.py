@@ -145,7 +145,7 @@ def _measure(dtype: torch.dtype, mode: int) -> Kernel:
 
 def _unit_measure(dtype: torch.dtype) -> Kernel:
     types = {"segments_ptr": "*i64", "units_ptr": "*i64", "pieces_ptr": "*i32", "norms_ptr": "*fp64"}
-    constants = {"G": launch.DTYPES[dtype], "WIDTH": 5}
+    constants = {"G": launch.DTYPES[dtype], "P": launch.DTYPES[dtype], "WIDTH": 5}
     signature = _signature(unit_measure, types | {"weights_offset": "i32"}, constants)
     return Kernel(kernel_name("units", "measure", dtype), unit_measure, signature, constants, launch.THREADS, True, 0.0)
 

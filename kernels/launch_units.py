@@ -12,7 +12,13 @@ __all__ = ["launch_unit_fold", "launch_unit_measure"]
 
 
 def launch_unit_measure(
-    n_programs: int, segments: Tensor, units: Tensor, pieces: Tensor, norms: Tensor, dtype: torch.dtype
+    n_programs: int,
+    segments: Tensor,
+    units: Tensor,
+    pieces: Tensor,
+    norms: Tensor,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
 ) -> None:
     """The norms of the pieces of all units: of gradients into row 0 of ``norms``, of weights into row 1."""
     unit_measure[(n_programs,)](
@@ -21,7 +27,8 @@ def launch_unit_measure(
         pieces,
         norms,
         norms.shape[1],
-        G=DTYPES[dtype],
+        G=DTYPES[grad_dtype],
+        P=DTYPES[dtype],
         WIDTH=segments.shape[1],
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,

@@ -67,8 +67,8 @@ def piece_norms(
 
 @triton.jit
 def measure_pieces(
-    segment_ptr, unit_ptr, block, piece, out_ptr, weights_offset, G: tl.constexpr, UNITS: tl.constexpr,
-    LANES: tl.constexpr,
+    segment_ptr, unit_ptr, block, piece, out_ptr, weights_offset, G: tl.constexpr, P: tl.constexpr,
+    UNITS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The norms of one piece of UNITS units, of the gradient and of the weights."""
     unit_stride = tl.load(unit_ptr + STRIDE)
@@ -89,9 +89,10 @@ def measure_pieces(
     units = first + tl.arange(0, UNITS)
     out_ptr += tl.load(unit_ptr + PARTIAL) + piece * size + units
     for array in tl.static_range(2):
-        start_ptr = pointer(tl.load(segment_ptr + (GRAD if array == 0 else PARAM)), G) + start
+        dtype: tl.constexpr = G if array == 0 else P
+        start_ptr = pointer(tl.load(segment_ptr + (GRAD if array == 0 else PARAM)), dtype) + start
         norms = piece_norms(
-            start_ptr, first, unit_stride, size, fast_stride, fast_stop, slow_stride, slow_stop, G, UNITS, LANES
+            start_ptr, first, unit_stride, size, fast_stride, fast_stop, slow_stride, slow_stop, dtype, UNITS, LANES
         )
         tl.store(out_ptr + array * weights_offset, norms, mask=units < size)
 
@@ -109,6 +110,7 @@ def unit_measure(
     norms_ptr,
     weights_offset,
     G: tl.constexpr,
+    P: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One piece of some units; a row of ``pieces`` is (segment, block of units, number of the piece)."""
@@ -120,11 +122,11 @@ def unit_measure(
     segment_ptr = segments_ptr + segment * WIDTH
     shape = tl.load(unit_ptr + SHAPE)
     if shape == 0:
-        measure_pieces(segment_ptr, unit_ptr, block, piece, norms_ptr, weights_offset, G, 1, 1024)
+        measure_pieces(segment_ptr, unit_ptr, block, piece, norms_ptr, weights_offset, G, P, 1, 1024)
     elif shape == 1:
-        measure_pieces(segment_ptr, unit_ptr, block, piece, norms_ptr, weights_offset, G, 32, 32)
+        measure_pieces(segment_ptr, unit_ptr, block, piece, norms_ptr, weights_offset, G, P, 32, 32)
     else:
-        measure_pieces(segment_ptr, unit_ptr, block, piece, norms_ptr, weights_offset, G, 1024, 1)
+        measure_pieces(segment_ptr, unit_ptr, block, piece, norms_ptr, weights_offset, G, P, 1024, 1)
 
 
 @triton.jit

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import capture
 from ..clipping.adaptive import unit_factor
 from ..gather import in_order
 from ..rule import Rule
+from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
 from .torch import reference_update, trust_terms
@@ -30,13 +32,17 @@ class DeviceExecutor(Executor):
     def __init__(self, leaves: list[Leaf], positions: list[int] | None) -> None:
         super().__init__(leaves, positions)
         self._rules: list[Rule] = []
+        self._devices = list(dict.fromkeys(leaf.device for leaf in leaves))
         self._norms: list[Tensor] = []
         self._weights: list[Tensor] = []  # norms of the parameters' units, where those of gradients are of units
-        self._factors: list[Tensor] | None = None
+        self._factors: list[Any] | None = None
         self._skip: Tensor | None = None
 
     def prepare(self, rules: list[Rule]) -> None:
         self._rules = rules
+
+    def captures(self) -> bool:
+        return any(capture.capturing(device) for device in self._devices)
 
     def layout(self, ordered: Sequence[bool]) -> None:
         """Each gradient is brought into order where it is read."""
@@ -54,14 +60,32 @@ class DeviceExecutor(Executor):
 
     def decide(self, knobs: Knobs) -> bool:
         self._factors, self._skip = None, None
-        if not knobs.measures:
-            return False
-        if knobs.nonfinite == "skip" and any(knobs.schedules):
+        main = self.leaves[0].device
+        if knobs.may_skip and any(knobs.schedules):
             raise ValueError(
-                "nonfinite='skip' with a schedule needs the Triton backend on an accelerator: only there does the "
-                "schedule see which steps were skipped without waiting for the device; install triton, or use "
-                "nonfinite='propagate'"
+                "nonfinite='skip' or fold_grad_scale with a schedule needs the Triton backend on an accelerator: only "
+                "there does the schedule see which steps were skipped without waiting for the device; install triton, "
+                "or use nonfinite='propagate' and leave fold_grad_scale off"
             )
+        if self.captures() and (any(knobs.schedules) or knobs.max_norm_schedule is not None):
+            raise capture.CaptureError(
+                "a schedule does not move in a CUDA graph on the PyTorch backend, where the host computes it; install "
+                "triton for the Triton backend, or capture a step without a schedule"
+            )
+        inverse, self._skip = (1.0, None) if knobs.scale is UNSCALED else knobs.scale.on_device(main)
+        if knobs.scale is not UNSCALED:
+            self._factors = [inverse] * len(self.leaves)
+        if knobs.measures:
+            self._measured(knobs, inverse)
+        clock = knobs.clock(main)
+        if self._skip is None:
+            clock[0].add_(int(knobs.advance))
+        else:
+            clock.add_(torch.stack([~self._skip & knobs.advance, self._skip]))
+        return False
+
+    def _measured(self, knobs: Knobs, inverse: Any) -> None:
+        """What the norms decide."""
         main = self.leaves[0].device
         moved = [norm.to(main) for norm in self._norms]
         if knobs.scope == "unit":
@@ -69,8 +93,9 @@ class DeviceExecutor(Executor):
             self._factors = [self._of_elements(i, knobs) for i in range(len(self.leaves))]
         else:
             norms = torch.stack(moved)
-            norm = _norm(norms, knobs.norm_type)
-        if knobs.nonfinite == "raise" and not bool(torch.isfinite(norm)):  # to raise is to wait, as documented
+            norm = _norm(norms, knobs.norm_type) * inverse
+        finite, found = torch.isfinite(norm), self._skip
+        if knobs.nonfinite == "raise" and not bool(finite if found is None else finite | found):  # to raise is to wait
             raise FloatingPointError(
                 f"the gradients hold an inf or NaN (their norm is {float(norm)}), and nonfinite='raise'; "
                 "nothing was changed"
@@ -83,15 +108,12 @@ class DeviceExecutor(Executor):
                 threshold = knobs.clip.threshold(knobs.records.on(main), norm, eps, knobs.advance)
                 knobs.records.share([main])
                 max_norm = torch.clamp(threshold, max=max_norm)
-            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms, max_norm, eps)
+            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms * inverse, max_norm, eps) * inverse
             self._factors = list(factors.expand(len(norms)).unbind())
         if knobs.grad_norm is not None:
             knobs.grad_norm.copy_(norm)
         if knobs.nonfinite == "skip":
-            self._skip = ~torch.isfinite(norm)
-            taken = torch.stack([~self._skip & knobs.advance, self._skip])
-            knobs.clock(main).add_(taken)
-        return False
+            self._skip = ~finite if found is None else ~finite | found
 
     def _of_elements(self, i: int, knobs: Knobs) -> Tensor:
         """The factor of every element of a leaf, by its unit."""
@@ -110,7 +132,8 @@ class DeviceExecutor(Executor):
             values = knobs.scalars[leaf.group].items()
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
             h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
-            factor = 1.0 if self._factors is None else self._factors[i].to(leaf.device)
+            factor = 1.0 if self._factors is None else self._factors[i]
+            factor = factor.to(leaf.device) if isinstance(factor, Tensor) else factor
             given = p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group]
             if rule.trust is not None:
                 norms = [_norm(x, 2.0) for x in trust_terms(rule.trust, *given)]

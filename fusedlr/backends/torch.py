@@ -17,9 +17,10 @@ from torch import Tensor
 from ..clipping.adaptive import unit_factor
 from ..gather import in_order
 from ..rule import Rule, Trust
+from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
-from .batches import ROUND, Batch, Call, Round, calls_of, pieces
+from .batches import ROUND, Batch, Call, Round, calls_of, pieces, wide
 from .norms import combine, euclidean, piece_sum, row_norms
 from .units import joined_norm, unit_grid, unit_norms
 
@@ -38,13 +39,13 @@ def _inputs(
     p: Tensor, g: Tensor, slots: Sequence[Tensor], factor: Any, limit: float, maximize: bool
 ) -> list[Tensor]:
     """What a reference rule is given: (p, g, *slots) in float32 (float64 for float64), g after the clip."""
-    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    g = g.to(wide)
+    dtype = wide(p.dtype)
+    g = g.to(dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
         g = g * factor
     if limit != math.inf:
         g = g.clamp(-limit, limit)
-    return [p.to(wide), -g if maximize else g, *[slot.to(wide) for slot in slots]]
+    return [p.to(dtype), -g if maximize else g, *[slot.to(dtype) for slot in slots]]
 
 
 def reference_update(
@@ -123,7 +124,7 @@ class HostExecutor(Executor):
         if len(batch.leaves) == 1:
             return batch.gradient(grads)
         if batch.gathered is None:
-            return batch.gather(grads, self._scratch_of(batch.leaves[0].dtype) if scratch is None else scratch)
+            return batch.gather(grads, self._scratch_of(batch.dtype) if scratch is None else scratch)
         return batch.gathered[: batch.numel] if self._gathered else batch.gather(grads, batch.gathered)
 
     # ---- measure and decide ------------------------------------------------------------------------------------
@@ -162,14 +163,16 @@ class HostExecutor(Executor):
         return euclidean(norms)
 
     def decide(self, knobs: Knobs) -> bool:
-        self._factors, self._skip = None, False
+        inverse, self._skip = (1.0, False) if knobs.scale is UNSCALED else knobs.scale.on_host()
+        self._factors = None if inverse == 1.0 else [inverse]
         if not knobs.measures:
-            self._count(knobs, skipped=False)
-            return False
+            self._count(knobs, self._skip)
+            return self._skip
         norm = self._norm
         if norm is None:
             norm = combine((pair for pairs in self._pairs for pair in pairs), knobs.norm_type)
-        if knobs.nonfinite != "propagate" and not math.isfinite(norm):
+        norm *= inverse
+        if knobs.nonfinite != "propagate" and not self._skip and not math.isfinite(norm):
             if knobs.nonfinite == "raise":
                 raise FloatingPointError(
                     f"the gradients hold an inf or NaN (norm {norm}), and nonfinite='raise'; nothing was changed"
@@ -184,8 +187,8 @@ class HostExecutor(Executor):
                 record = knobs.records.on(self.leaves[0].device)
                 threshold = knobs.clip.threshold(record, record.new_tensor(norm), eps, knobs.advance)
                 max_norm = min(max_norm, threshold.item())
-            norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) for p in self._pairs]
-            self._factors = [knobs.clip.factor(n, max_norm, eps) for n in norms]
+            norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) * inverse for p in self._pairs]
+            self._factors = [knobs.clip.factor(n, max_norm, eps) * inverse for n in norms]
         if knobs.grad_norm is not None:
             # fill_ refuses what float32 does not have, and a norm of float64 gradients may be beyond it.
             knobs.grad_norm.copy_(torch.tensor(norm, dtype=torch.float64))
@@ -203,9 +206,12 @@ class HostExecutor(Executor):
         }
 
     def _count(self, knobs: Knobs, skipped: bool) -> None:
-        if knobs.nonfinite == "skip":
+        if knobs.may_skip:
             clock = knobs.clock(self.leaves[0].device)
-            clock[int(skipped)] += 1 if skipped else int(knobs.advance)
+            if skipped:
+                clock[1] += 1
+            else:
+                clock[0] = knobs.t + knobs.advance
 
     # ---- apply -------------------------------------------------------------------------------------------------
 
@@ -270,12 +276,12 @@ class HostExecutor(Executor):
             if _LEAST_FOLDED < factor < math.inf and factor != 1.0:
                 folded = call.rule.fold(step, factor, scalars)
         if folded is not None:
-            for treated in call.rounds(False, self._scratch_of(call.leaf.dtype)):
+            for treated in call.rounds(call.converts, self._scratch_of(call.leaf.dtype)):
                 self._treat(call, treated, grads, folded, knobs, limit, folded=True)
             return
         scaled = self._units or (self._factors is not None and any(f != 1.0 for f in self._factors))
         clipped = limit != math.inf or bool(scaled)
-        for treated in call.rounds(clipped, self._scratch_of(call.leaf.dtype)):
+        for treated in call.rounds(clipped or call.converts, self._scratch_of(call.leaf.dtype)):
             self._treat(call, treated, grads, scalars, knobs, limit)
 
     def _treat(
@@ -299,6 +305,9 @@ class HostExecutor(Executor):
             g = whole if stop - start == batch.numel else whole[start:stop]
             factor = self._factor(batch) if not folded and (alone or len(self._factors or ()) == 1) else 1.0
             out = scratch if alone else g
+            if alone and call.converts:
+                assert scratch is not None
+                g = scratch.copy_(g)
             if factor != 1.0:
                 g = torch.mul(g, factor, out=out)
             if limit != math.inf:

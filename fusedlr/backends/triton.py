@@ -1,8 +1,8 @@
 """The Triton backend: builds the tables the kernels read, and launches measure, decide and apply.
 
 Per device: the clock, the partial sums, the scalars of the groups, the schedules' programs. Per bucket (leaves of one
-device, dtype and rule): the pointer table, the chunk table, the rows. A table travels to the device only when the host
-sees that it changed. On CPU tensors the same code runs in Triton's interpreter.
+device, rule, dtype and dtype of the gradients): the pointer table, the chunk table, the rows. A table travels to the
+device only when the host sees that it changed. On CPU tensors the same code runs in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import capture
 from ..rule import Rule
 from ..state import Leaf
 from . import Executor, Knobs
@@ -75,7 +76,8 @@ class TritonExecutor(Executor):
     def prepare(self, rules: list[Rule]) -> None:
         keys: dict[tuple[Any, ...], list[int]] = {}
         for i, (leaf, wave) in enumerate(zip(self.leaves, waves(self.leaves), strict=True)):
-            keys.setdefault((wave, str(leaf.device), leaf.dtype, rules[leaf.group].name), []).append(i)
+            key = (wave, str(leaf.device), leaf.dtype, leaf.grad_dtype, rules[leaf.group].name)
+            keys.setdefault(key, []).append(i)
         by_wave = sorted(keys.items(), key=lambda item: int(item[0][0]))
         self._buckets = [Bucket([self.leaves[i] for i in at], at, rules) for _, at in by_wave]
         for bucket in self._buckets:
@@ -106,12 +108,12 @@ class TritonExecutor(Executor):
         if knobs.scope == "unit":
             self._measure_units(grads, knobs)
             return
-        self._mode = self._launch.mode_for(knobs.norm_type, [bucket.dtype for bucket in self._buckets])
+        self._mode = self._launch.mode_for(knobs.norm_type, [bucket.grad_dtype for bucket in self._buckets])
         for bucket in self._buckets:
             segments = bucket.gather(grads)
             if bucket.n_chunks and not self._in_one(knobs):
                 # A narrow bucket beside a float64 one is measured the fast way too; its scales are 1.
-                mode = self._launch.mode_for(knobs.norm_type, [bucket.dtype])
+                mode = self._launch.mode_for(knobs.norm_type, [bucket.grad_dtype])
                 with bucket.here:
                     self._launch.launch_measure(
                         bucket.n_chunks,
@@ -121,7 +123,7 @@ class TritonExecutor(Executor):
                         bucket.first_partial,
                         bucket.chunk_size,
                         knobs.norm_type,
-                        bucket.dtype,
+                        bucket.grad_dtype,
                         mode,
                     )
         self._share([(bucket.first_partial, bucket.n_chunks) for bucket in self._buckets])
@@ -144,7 +146,13 @@ class TritonExecutor(Executor):
                 continue
             with bucket.here:
                 self._launch_units.launch_unit_measure(
-                    units.n_programs, segments, units.table, units.pieces, units.norms, bucket.dtype
+                    units.n_programs,
+                    segments,
+                    units.table,
+                    units.pieces,
+                    units.norms,
+                    bucket.dtype,
+                    bucket.grad_dtype,
                 )
                 self._launch_units.launch_unit_fold(
                     units.n_blocks,
@@ -224,7 +232,7 @@ class TritonExecutor(Executor):
             "hyper_name": bucket.rule.hyper.__name__,
             "clamp": knobs.clip_numbers[2] != float("inf"),
             "dtype": bucket.dtype,
-            "grad_dtype": bucket.dtype,
+            "grad_dtype": bucket.grad_dtype,
             "state_dtypes": tuple(slot.dtype for slot in bucket.leaves[0].slots),
         }
 
@@ -256,9 +264,9 @@ class TritonExecutor(Executor):
                 with bucket.here:
                     self._launch.launch_decide(*arguments, **choices)
             knobs.records.share(self._partials)
-        if knobs.nonfinite == "raise" and int(self._buckets[0].skip):  # to raise is to wait for the device
+        if knobs.nonfinite == "raise" and int(self._buckets[0].skip) == 1:  # to raise is to wait for the device
             raise FloatingPointError("the gradients hold an inf or NaN, and nonfinite='raise'; nothing was changed")
-        if knobs.nonfinite != "skip":
+        if not knobs.may_skip:
             return False
         device = self._buckets[0].device
         if device.type == "cpu":
@@ -267,6 +275,13 @@ class TritonExecutor(Executor):
             with on(device):
                 self._mirror.post(knobs.clock(device))
         return False
+
+    def captures(self) -> bool:
+        return any(map(capture.capturing, self._partials))
+
+    def hand_over(self) -> list[Any]:
+        tables = [table for bucket in self._buckets for table in bucket.hand_over()]
+        return [*self._partials.values(), self._barrier, *tables]
 
     def arrived_clock(self) -> int | None:
         return self._mirror.poll()
