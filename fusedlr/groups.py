@@ -76,7 +76,7 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
                 f"schedule[{name!r}] must be a schedule of fusedlr.schedules, "
                 f"but got {value!r} ({type(value).__name__})"
             )
-    if "max_norm" in schedule and not hasattr(clip, "max_norm"):
+    if "max_norm" in schedule and getattr(clip, "max_norm", None) is None:
         raise ValueError(f"schedule['max_norm'] needs a clip with a max_norm, such as clip=1.0, but clip is {clip!r}")
     return _with_momentum(dict(schedule), names)
 

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.compiler import is_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from . import checkpoint
+from . import capture, checkpoint, scaling
 from .backends import Backend, Executor, Knobs, choose_backend, executors_for
 from .clipping import Clip, as_clip
+from .clipping.records import Records
 from .flat import rehome
 from .gather import Plan, check_gradients
 from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, own_tensors, read, scheduled_scalars
 from .rule import Rule
-from .state import Bank, Leaf, Mark, adopt, check_entry, ensure_state, entry_views, watched
+from .state import Bank, Leaf, Mark, adopt_replaced, ensure_state, watched
 
 if TYPE_CHECKING:
     from .integrations.lr_scheduler import FusedLRScheduler
@@ -42,6 +45,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _namesake: ClassVar[type[torch.optim.Optimizer]]
+    grad_divisor = scaling.grad_divisor
+    fold_grad_scale = scaling.fold_grad_scale
 
     def __init__(
         self,
@@ -68,6 +73,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._nonfinite = nonfinite
         self._flatten = bool(flatten)
         self._backend: Backend = choose_backend(backend)
+        self._grad_divisor: Any = scaling.UNSCALED.divisor
+        self._step_supports_amp_scaling = False
         self._reset()
         defaults = {**self._validated(defaults), "schedule": schedule, "clip": self._clip, "norm_group": None}
         super().__init__(params, defaults)
@@ -87,7 +94,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._clocks: dict[torch.device, Tensor] = {}
         self._skipped_before = 0
+        self._records = Records(self._clip)
+        self._may_skip = self._nonfinite == "skip"
         self._last_lr: list[Any] = []
+        self._captured: list[Any] = []  # what graphs of captured steps hold the addresses of
+        self._replayed: capture.ReplayedClock | None = None
 
     @abstractmethod
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -113,6 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def last_lr(self) -> list[float]:
         """The lr of the last step, one float a param group, from the host's own evaluation (no wait for a device)."""
+        capture.follow(self)
         return [float(lr) for lr in self._last_lr or (group["lr"] for group in self.param_groups)]
 
     @property
@@ -129,12 +141,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps ``nonfinite="skip"`` has skipped: a 0-dim int64 device tensor."""
+        """How many steps ``nonfinite="skip"`` or a scaler's ``found_inf`` skipped: a 0-dim int64 device tensor."""
         return self._clock(self._device())[1]
 
     @property
     def steps_taken(self) -> int:
         """The clock t, as far as the host knows: steps taken, those skipped not counted."""
+        capture.follow(self)
         return self._t
 
     def _device(self) -> torch.device:
@@ -148,7 +161,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def next_lr(self) -> list[float]:
         """The lr that the next step will use, one float a param group."""
-        return [float(values["lr"]) for values in self._scalars()]
+        capture.follow(self)
+        return [float(values["lr"]) for values in self._scalars()[0]]
 
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("\n")
@@ -197,6 +211,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
                     "use torch.view_as_real(parameter), or torch.optim for it"
                 )
+        if self._clip is not None and self._clip.scope == "unit" and self._rule(group).trust is not None:
+            raise ValueError(
+                f"clip={self._clip!r} and the trust ratio of {type(self).__name__} both scale by the norms of weights, "
+                "and are not combined; use a clip of the gradients alone, such as clipping.GlobalNorm"
+            )
         group["clip"] = self._clip
         marks = group.setdefault(GROUP_KEY, {})
         marks.setdefault("base", {})
@@ -240,8 +259,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: for a gradient that does not fit its parameter; nothing has changed then.
             FloatingPointError: with ``nonfinite="raise"``, for an inf or NaN; nothing has changed then.
         """
-        if torch._C._autograd._profiler_enabled() or any(
-            (_global_pre_hooks, _global_post_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
+        if is_compiling():  # never true but where torch.compile traces this, whose graph ends here
+            return _step_outside_graphs(self, closure)
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or torch._C._autograd._profiler_enabled()
         ):
             return _hooked_step(self, closure)
         return self._step(closure)
@@ -263,13 +288,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _take_step(self) -> None:
+        scale = scaling.scale_of(self)
         plan, grads, banks = self._gather()
         if not grads:
             return
+        capture.follow(self)
+        captures = False
         for executor in plan.executors:
-            arrived = executor.arrived_clock()
+            arrived = None if self._captured else executor.arrived_clock()
             self._t = self._t if arrived is None else arrived
-        scalars = self._scalars()
+            captures = captures or executor.captures()
+        if captures:
+            capture.check_captured(self, plan)
+        scalars, driven = self._scalars()
         knobs = Knobs(
             scalars=scalars,
             maximize=[bool(group["maximize"]) for group in self.param_groups],
@@ -278,20 +309,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             t=self._t,
             clip=self._clip,
             clip_numbers=self._clip_numbers(),
+            scale=scale,
             nonfinite=self._nonfinite,
-            advance=not self._is_hidden_step(banks),
+            may_skip=self._may_skip,
+            advance=not checkpoint.is_hidden_step(self, banks),
             grad_norm=self.last_grad_norm,
             clock=self._clock,
+            records=self._records,
         )
         try:
             skipped = _run(plan, grads, knobs)
-        except (FloatingPointError, ValueError):  # from decide, before anything was written
+        except (FloatingPointError, ValueError, capture.CaptureError):  # before anything was written
             for bank in banks:
                 bank.move_out(self.state)
             self._plan = None
             raise
-        if not skipped:
-            self._show(scalars)
+        if captures:  # nothing has run: that the clock and the lr move will be heard of the replays
+            self._captured += [executor.hand_over() for executor in plan.executors]
+        if self._captured and self._replayed is not None:
+            self._replayed.record(self._clock(self._device()))
+        if not skipped and not captures:
+            self._show(scalars, driven)
             self._t += knobs.advance
 
     def _gather(self) -> tuple[Plan, list[Tensor], list[Bank]]:
@@ -318,7 +356,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         present = [g for g in grads if g is not None]
         kept = plan is not None and plan.active == active and plan.ptrs == ptrs and not touched
         # Where a gradient lies otherwise, its parameter may have become another view of the same memory.
-        if plan is not None and kept and rules == self._rules and not any(leaf.moved() for leaf in plan.leaves):
+        if plan is not None and kept and rules == self._rules and plan.still_fits(present):
             plan.layout(present)
             return plan, present, []
         return self._replan(rules, active, ptrs, present)
@@ -326,31 +364,37 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replan(
         self, rules: list[Rule], active: list[bool], ptrs: list[int], grads: list[Tensor]
     ) -> tuple[Plan, list[Tensor], list[Bank]]:
+        capture.check_planned(self._leaves)
         self._plan = None
         for leaf in self._leaves:
             if leaf.moved():
                 leaf.locate()
         leaves = [leaf for leaf, is_active in zip(self._leaves, active, strict=True) if is_active]
         check_gradients(leaves, grads)
+        for leaf, g in zip(leaves, grads, strict=True):
+            leaf.grad_dtype = g.dtype
         executors = executors_for(self._backend, leaves)
         self._check_one_executor(executors)
-        self._adopt_replaced(rules)
+        adopt_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
         plan = Plan(leaves, rules, active, ptrs, executors)
         for executor in executors:
             executor.prepare(rules)
         plan.layout(grads)
+        if self._replayed is None and self._device().type == "cuda":
+            self._replayed = capture.ReplayedClock(self._device())
         self._rules = rules
         self._plan = plan
         self._watch_state()
         return plan, grads, banks
 
     def _check_one_executor(self, executors: list[Executor]) -> None:
-        needs_all = self._nonfinite != "propagate" or (self._clip is not None and self._clip.scope is not None)
+        guards = self._nonfinite != "propagate" or self._may_skip
+        needs_all = guards or (self._clip is not None and self._clip.scope is not None)
         if len(executors) > 1 and needs_all:
             raise ValueError(
-                "clip and nonfinite need all gradients on one kind of device: a norm over both the CPU and a GPU would "
-                "have to wait for the GPU in every step; use one optimizer for the parameters of each"
+                "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: what both the CPU and a "
+                "GPU decide would have to wait for the GPU in every step; use one optimizer for the parameters of each"
             )
 
     def _clock(self, device: torch.device) -> Tensor:
@@ -362,16 +406,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             clock[1].fill_(self._skipped_before)
         return self._clocks[device]
 
-    def _scalars(self) -> list[dict[str, Any]]:
-        """The hyper-parameters of the next step, one dict a group; the groups themselves are not changed."""
-        values = []
+    def _scalars(self) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
+        """The hyper-parameters of the next step, one dict a group, and which of them a schedule drives, to what value.
+
+        The groups themselves are not changed.
+        """
+        values, driven = [], []
         for group, scheduled in zip(self.param_groups, self._schedules, strict=True):
             scalars = {name: read(group, name) for name in self._rule(group).scalars}
             for s in scheduled:
                 if not s.overridden():
-                    scalars[s.name] = s.at(self._t)
+                    scalars[s.name] = value = s.at(self._t)
+                    driven.append((s, value))
             values.append(scalars)
-        return values
+        return values, driven
 
     def _clip_numbers(self) -> tuple[float, float, float]:
         if self._clip is None:
@@ -381,24 +429,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             max_norm = self._max_norm_schedule(self._t, max_norm)
         return max_norm, eps, limit
 
-    def _show(self, scalars: list[dict[str, Any]]) -> None:
-        for values, scheduled in zip(scalars, self._schedules, strict=True):
-            for s in scheduled:
-                if not s.overridden():
-                    s.show(values[s.name])
+
+    def _show(self, scalars: list[dict[str, Any]], driven: list[tuple[Scheduled, float]]) -> None:
+        for scheduled, value in driven:
+            scheduled.show(value)
         self._last_lr = [values["lr"] for values in scalars]
-
-    def _is_hidden_step(self, banks: list[Bank]) -> bool:
-        """Whether this is the first step ever, with every lr 0, and those that have a schedule overridden.
-
-        torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it. Without
-        any schedule it cannot be told from a warm-up of the user's own that begins at 0, and nothing reads the clock.
-        """
-        lrs = [s for scheduled in self._schedules for s in scheduled if s.name == "lr"]
-        if self._t or not banks or not lrs or not all(s.overridden() for s in lrs):
-            return False
-        values = [group["lr"] for group in self.param_groups]
-        return not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in values) and not any(values)
 
     # ---- state that others touch -------------------------------------------------------------------------------
 
@@ -406,20 +441,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Learn from now on when somebody puts other dicts or tensors into ``self.state``."""
         self._watched = watched(self.state, self._mark)
         self.state = self._watched
-
-    def _adopt_replaced(self, rules: list[Rule]) -> None:
-        """Bring replaced state into the banks; a parameter whose state was removed starts anew, as in torch."""
-        changed = []
-        for leaf in self._leaves:
-            if leaf.bank is None or not leaf.fits(rules[leaf.group]):
-                continue
-            entry = self.state.get(leaf.param) or {}
-            if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
-                check_entry(leaf, entry, rules[leaf.group])
-                changed.append((leaf, entry))
-        for leaf, entry in changed:
-            adopt(leaf, entry)
-            self.state[leaf.param] = {**entry, **entry_views(leaf)}
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -454,11 +475,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 # The step as torch.optim wraps it, for whoever has registered hooks or records a profile.
 _hooked_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
-
-
-def _is_view(value: Any, view: Tensor) -> bool:
-    """Whether a state entry still is the bank's own memory."""
-    return isinstance(value, Tensor) and value.data_ptr() == view.data_ptr() and value.shape == view.shape
+# The step where torch.compile is at work: run as it is, with nothing in it traced, so that nothing in it recompiles.
+_step_outside_graphs = _disable_dynamo(FusedOptimizer.step)
 
 
 def _run(plan: Plan, grads: list[Tensor], knobs: Knobs) -> bool:

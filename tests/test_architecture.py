@@ -20,8 +20,8 @@ KERNELS = ROOT / "kernels"
 # Upward only: a module imports modules of a lower layer or of its own (families, backends, schedules among themselves).
 LAYERS = [
     {"schedules", "rule", "flat"},
-    {"clipping"},
-    {"groups", "state"},
+    {"clipping", "scaling"},
+    {"capture", "groups", "state"},
     {"gather"},
     {"backends"},
     {"checkpoint"},

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 from torch import Tensor, cuda, device, xpu
 
 from ..clipping import Clip
+from ..clipping.records import Records
 from ..groups import Scheduled
 from ..rule import Rule
+from ..scaling import GradScale
 from ..state import Leaf
 
 __all__ = ["Backend", "Executor", "Knobs", "choose_backend", "executors_for"]
@@ -36,10 +38,13 @@ class Knobs:
         t: the clock: steps taken so far, as far as the host knows.
         clip: the clipping strategy, or None.
         clip_numbers: its (max_norm, eps, limit) for this step.
+        scale: what the gradients are divided by, and whether a scaler found an inf.
         nonfinite: "propagate", "skip" or "raise".
+        may_skip: whether steps have been, or may be, skipped: then the clock of the device is the one that counts.
         advance: whether the clock counts this step.
         grad_norm: where the global norm goes, or None.
         clock: gives the int64 tensor (t, skipped steps) of a device.
+        records: what the clip keeps on each device.
     """
 
     scalars: list[dict[str, Any]]
@@ -49,14 +54,17 @@ class Knobs:
     t: int
     clip: Clip | None
     clip_numbers: tuple[float, float, float]
+    scale: GradScale
     nonfinite: str
+    may_skip: bool
     advance: bool
     grad_norm: Tensor | None
     clock: Callable[[device], Tensor]
+    records: Records
 
     @property
     def scope(self) -> str | None:
-        """Over what a norm is needed: "global", "tensor", or None for no norm."""
+        """Over what a norm is needed: "global", "tensor", "unit", or None for no norm."""
         return self.clip.scope if self.clip is not None else None
 
     @property
@@ -100,6 +108,14 @@ class Executor(ABC):
     def arrived_clock(self) -> int | None:
         """The clock, where news of skipped steps has come from a device since it was last asked; never waits."""
         return None
+
+    def captures(self) -> bool:
+        """Whether this step is not taken but captured in a CUDA graph."""
+        return False
+
+    def hand_over(self) -> list[Any]:
+        """What the graph of a captured step reads and writes; the next step makes anew what may change of it."""
+        return []
 
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:

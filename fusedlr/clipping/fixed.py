@@ -1,4 +1,4 @@
-"""Gradient clipping: specifications, and the reference of what each does to a gradient.
+"""Clipping by fixed thresholds, and what all strategies have.
 
 A strategy says which norm it needs (``norm_type`` and ``scope``) and turns it into the factor that multiplies the
 gradient; ``Value`` needs no norm and bounds each element instead. The factor has a twin of the same name in
@@ -15,7 +15,8 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-__all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip"]
+__all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip", "clip_factor", "normalize_factor",
+           "positive"]  # fmt: skip
 
 
 def clip_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
@@ -39,8 +40,10 @@ def normalize_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
 class Clip(ABC):
     """What all clipping strategies have; use one of the classes below."""
 
-    scope: ClassVar[str | None] = None  # "global", "tensor", or None where no norm is measured
+    scope: ClassVar[str | None] = None  # "global", "tensor", "unit", or None where no norm is measured
     factor: ClassVar[Any] = None
+    settings: ClassVar[tuple[str, ...]] = ()  # names of the numbers that the device needs beside ``numbers``
+    threshold: ClassVar[Any] = None  # what makes max_norm of the norms so far; None where it is fixed
 
     @property
     @abstractmethod
@@ -48,7 +51,7 @@ class Clip(ABC):
         """(max_norm, eps, limit): what the strategy brings to the device; ``limit`` is inf where none is."""
 
 
-def _positive(name: str, value: Any, *, allow_inf: bool = False, allow_zero: bool = False) -> float:
+def positive(name: str, value: Any, *, allow_inf: bool = False, allow_zero: bool = False) -> float:
     """The value as a float, or a ValueError that names it and the range."""
     bounds = f"{'>= 0' if allow_zero else '> 0'}{'' if allow_inf else ' and finite'}"
     if isinstance(value, (bool, str)) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
@@ -63,7 +66,7 @@ def _positive(name: str, value: Any, *, allow_inf: bool = False, allow_zero: boo
 def _norm_type(value: Any) -> float:
     if isinstance(value, str) and value == "inf":
         return math.inf
-    return _positive("norm_type", value, allow_inf=True)
+    return positive("norm_type", value, allow_inf=True)
 
 
 @final
@@ -100,9 +103,9 @@ class GlobalNorm(Clip):
     factor: ClassVar[Any] = staticmethod(clip_factor)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_norm", _positive("max_norm", self.max_norm, allow_inf=True))
+        object.__setattr__(self, "max_norm", positive("max_norm", self.max_norm, allow_inf=True))
         object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
-        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -141,9 +144,9 @@ class TensorNorm(Clip):
     factor: ClassVar[Any] = staticmethod(clip_factor)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_norm", _positive("max_norm", self.max_norm, allow_inf=True))
+        object.__setattr__(self, "max_norm", positive("max_norm", self.max_norm, allow_inf=True))
         object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
-        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -175,7 +178,7 @@ class Value(Clip):
     limit: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", _positive("limit", self.limit, allow_inf=True))
+        object.__setattr__(self, "limit", positive("limit", self.limit, allow_inf=True))
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -213,7 +216,7 @@ class Normalize(Clip):
     def __post_init__(self) -> None:
         if self.scope not in ("tensor", "global"):
             raise ValueError(f"scope must be 'tensor' or 'global', but got {self.scope!r}")
-        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -229,4 +232,4 @@ def as_clip(clip: Clip | float | None) -> Clip | None:
             f"clip must be a strategy of fusedlr.clipping, a number > 0 or None, but got {clip!r} "
             f"({type(clip).__name__}); pass for example clip=fusedlr.clipping.GlobalNorm(1.0)"
         )
-    return GlobalNorm(_positive("clip", clip, allow_inf=True))
+    return GlobalNorm(positive("clip", clip, allow_inf=True))
