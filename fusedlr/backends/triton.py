@@ -281,7 +281,8 @@ class TritonExecutor(Executor):
 
     def hand_over(self) -> list[Any]:
         tables = [table for bucket in self._buckets for table in bucket.hand_over()]
-        return [*self._partials.values(), self._barrier, *tables]
+        trusts = [bucket.trust for bucket in self._buckets]
+        return [*self._partials.values(), self._barrier, *trusts, self._units, *tables]
 
     def arrived_clock(self) -> int | None:
         return self._mirror.poll()
