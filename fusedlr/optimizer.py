@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from . import checkpoint
+from . import checkpoint, live
 from .backends import Backend, Executor, Knobs, choose_backend, executors_for
 from .clipping import Clip, as_clip
 from .flat import rehome
@@ -150,6 +150,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The lr that the next step will use, one float a param group."""
         return [float(values["lr"]) for values in self._scalars()[0]]
 
+    @torch.no_grad()
+    def report(self, metric: float | Tensor) -> None:
+        """Tell a ``Plateau`` the metric it follows, a number or a 0-dim tensor; a GPU is not waited for.
+
+        Raises:
+            TypeError: the metric is no real number.
+            ValueError: no schedule of this optimizer is or holds a ``Plateau``.
+        """
+        live.report(self, metric)
+
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("\n")
         where = self._backend.explain(sorted({leaf.device.type for leaf in self._leaves}))
@@ -202,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         marks.setdefault("base", {})
         marks.setdefault("written", {})
         schedules = as_schedules(group["schedule"], (*self._rule(group).scalars,), self._clip)
-        scheduled_scalars(group, schedules)
+        scheduled_scalars(group, schedules, len(self.param_groups) - 1)
 
     def _register(self) -> None:
         """Take note of all parameters; move into flat buffers those that are new and can be moved."""
@@ -226,7 +236,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = [as_schedules(group["schedule"], self._rule(group).scalars, self._clip) for group in groups]
         self._max_norm_schedule = next((s["max_norm"] for s in given if "max_norm" in s), None)
         own_tensors(groups, given)
-        self._schedules = [scheduled_scalars(*pair) for pair in zip(groups, given, strict=True)]
+        before, n = self._schedules, len(groups)
+        self._schedules = [scheduled_scalars(group, given[i], i, n) for i, group in enumerate(groups)]
+        live.carry(before, self._schedules)
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -273,6 +285,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for executor in plan.executors:
             arrived = executor.arrived_clock()
             self._t = self._t if arrived is None else arrived
+        advance = not self._is_hidden_step(banks)
+        if advance:
+            live.tick(self._schedules, self._t)
         scalars, driven = self._scalars()
         knobs = Knobs(
             scalars=scalars,
@@ -283,7 +298,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             clip=self._clip,
             clip_numbers=self._clip_numbers(),
             nonfinite=self._nonfinite,
-            advance=not self._is_hidden_step(banks),
+            advance=advance,
             grad_norm=self.last_grad_norm,
             clock=self._clock,
         )

@@ -101,6 +101,9 @@ class Executor(ABC):
         """The clock, where news of skipped steps has come from a device since it was last asked; never waits."""
         return None
 
+    def refresh(self) -> None:
+        """Send what schedules follow beside the steps where it is used, after it changed between two steps."""
+
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         """Update parameters and state in one pass."""

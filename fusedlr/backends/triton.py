@@ -216,6 +216,10 @@ class TritonExecutor(Executor):
     def arrived_clock(self) -> int | None:
         return self._mirror.poll()
 
+    def refresh(self) -> None:
+        for bucket in self._buckets:
+            bucket.refresh()
+
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         for bucket in self._buckets:
             segments = bucket.segments if knobs.measures else bucket.gather(grads)
