@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .live import Timed
+
 if TYPE_CHECKING:
     from .gather import Plan
     from .optimizer import FusedOptimizer
@@ -47,6 +49,11 @@ def check_captured(optimizer: FusedOptimizer, plan: Plan) -> None:
         raise CaptureError(
             "a step with nonfinite='raise' looks at the device in the middle, which a CUDA graph cannot; "
             "use nonfinite='skip' and watch skipped_steps"
+        )
+    if any(isinstance(s.live, Timed) for scheduled in optimizer._schedules for s in scheduled):
+        raise CaptureError(
+            "a TimeDecay does not move in a CUDA graph: its time is the host's, which takes no part in a replay; "
+            "use InverseTimeDecay, which counts steps"
         )
     missing = [
         leaf.index

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .groups import GROUP_KEY
+from .live import Metered, plain
 from .state import Bank, adopt, check_entry, ensure_state, entry_views
 
 if TYPE_CHECKING:
@@ -50,10 +51,16 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
             "clip_statistics": statistics if group is state_dict["param_groups"][0] else [],
             "base": dict(marks["base"]),
             "written": dict(marks["written"]),
+            **_live(marks),
         }
         for key in _CODE_KEYS:
             group[key] = None if group[key] is None else repr(group[key])
     return state_dict
+
+
+def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of what a group's schedules follow beside the steps, where they follow something."""
+    return {"live": {name: plain(state) for name, state in marks["live"].items()}} if "live" in marks else {}
 
 
 def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
@@ -89,7 +96,7 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
         marks = group[GROUP_KEY]
         if "t" in marks:
             saved = marks
-        group[GROUP_KEY] = {"base": dict(marks["base"]), "written": dict(marks["written"])}
+        group[GROUP_KEY] = {"base": dict(marks["base"]), "written": dict(marks["written"]), **_live(marks)}
         if marks is before[GROUP_KEY] and "lr" in group[GROUP_KEY]["written"]:
             # torch's checkpoint: its lr is the last one it used, not somebody's override.
             group[GROUP_KEY]["written"]["lr"] = float(group["lr"])
@@ -155,6 +162,9 @@ def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:
 def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
     """What copying and pickling must keep beside torch's defaults, state and param groups."""
     t, skipped = sync_clock(optimizer)
+    for s in (s for scheduled in optimizer._schedules for s in scheduled):
+        if isinstance(s.live, Metered):
+            s.live.settle()
     own = {
         "clip": optimizer._clip,
         "nonfinite": optimizer._nonfinite,

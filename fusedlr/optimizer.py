@@ -16,8 +16,8 @@ from torch.compiler import is_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from . import capture, checkpoint, scaling
-from .backends import Backend, Executor, Knobs, choose_backend, executors_for
+from . import capture, checkpoint, live, scaling
+from .backends import Backend, Knobs, check_one_executor, choose_backend, executors_for
 from .clipping import Clip, as_clip
 from .clipping.records import Records
 from .flat import rehome
@@ -164,6 +164,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         capture.follow(self)
         return [float(values["lr"]) for values in self._scalars()[0]]
 
+    @torch.no_grad()
+    def report(self, metric: float | Tensor) -> None:
+        """Tell a ``Plateau`` the metric it follows, a number or a 0-dim tensor; a GPU is not waited for.
+
+        Raises:
+            TypeError: the metric is no real number.
+            ValueError: no schedule of this optimizer is or holds a ``Plateau``.
+        """
+        live.report(self, metric)
+
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("\n")
         where = self._backend.explain(sorted({leaf.device.type for leaf in self._leaves}))
@@ -221,7 +231,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         marks.setdefault("base", {})
         marks.setdefault("written", {})
         schedules = as_schedules(group["schedule"], (*self._rule(group).scalars,), self._clip)
-        scheduled_scalars(group, schedules)
+        scheduled_scalars(group, schedules, len(self.param_groups) - 1)
 
     def _register(self) -> None:
         """Take note of all parameters; move into flat buffers those that are new and can be moved."""
@@ -245,7 +255,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = [as_schedules(group["schedule"], self._rule(group).scalars, self._clip) for group in groups]
         self._max_norm_schedule = next((s["max_norm"] for s in given if "max_norm" in s), None)
         own_tensors(groups, given)
-        self._schedules = [scheduled_scalars(*pair) for pair in zip(groups, given, strict=True)]
+        before, n = self._schedules, len(groups)
+        self._schedules = [scheduled_scalars(group, given[i], i, n) for i, group in enumerate(groups)]
+        live.carry(before, self._schedules)
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -300,6 +312,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             captures = captures or executor.captures()
         if captures:
             capture.check_captured(self, plan)
+        advance = not checkpoint.is_hidden_step(self, banks)
+        if advance:
+            live.tick(self._schedules, self._t)
         scalars, driven = self._scalars()
         knobs = Knobs(
             scalars=scalars,
@@ -312,7 +327,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale=scale,
             nonfinite=self._nonfinite,
             may_skip=self._may_skip,
-            advance=not checkpoint.is_hidden_step(self, banks),
+            advance=advance,
             grad_norm=self.last_grad_norm,
             clock=self._clock,
             records=self._records,
@@ -374,7 +389,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for leaf, g in zip(leaves, grads, strict=True):
             leaf.grad_dtype = g.dtype
         executors = executors_for(self._backend, leaves)
-        self._check_one_executor(executors)
+        guards = self._nonfinite != "propagate" or self._may_skip
+        check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
         adopt_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
         plan = Plan(leaves, rules, active, ptrs, executors)
@@ -387,15 +403,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plan = plan
         self._watch_state()
         return plan, grads, banks
-
-    def _check_one_executor(self, executors: list[Executor]) -> None:
-        guards = self._nonfinite != "propagate" or self._may_skip
-        needs_all = guards or (self._clip is not None and self._clip.scope is not None)
-        if len(executors) > 1 and needs_all:
-            raise ValueError(
-                "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: what both the CPU and a "
-                "GPU decide would have to wait for the GPU in every step; use one optimizer for the parameters of each"
-            )
 
     def _clock(self, device: torch.device) -> Tensor:
         """The int64 tensor (t, skipped steps) of a device."""

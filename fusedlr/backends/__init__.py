@@ -19,7 +19,7 @@ from ..rule import Rule
 from ..scaling import GradScale
 from ..state import Leaf
 
-__all__ = ["Backend", "Executor", "Knobs", "choose_backend", "executors_for"]
+__all__ = ["Backend", "Executor", "Knobs", "check_one_executor", "choose_backend", "executors_for"]
 
 _T = TypeVar("_T")
 _NAMES = ("auto", "triton", "torch")
@@ -117,6 +117,9 @@ class Executor(ABC):
         """What the graph of a captured step reads and writes; the next step makes anew what may change of it."""
         return []
 
+    def refresh(self) -> None:  # noqa: B027  # nothing to do where the host applies
+        """Send what schedules follow beside the steps where it is used, after it changed between two steps."""
+
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         """Update parameters and state in one pass."""
@@ -209,3 +212,12 @@ def executors_for(backend: Backend, leaves: list[Leaf]) -> list[Executor]:
 
             executors.append(DeviceExecutor(mine, where))
     return executors
+
+
+def check_one_executor(executors: Sequence[Executor], needs_all: bool) -> None:
+    """Raise an error where a decision about all gradients would have to be made by several executors."""
+    if len(executors) > 1 and needs_all:
+        raise ValueError(
+            "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: what both the CPU and a "
+            "GPU decide would have to wait for the GPU in every step; use one optimizer for the parameters of each"
+        )

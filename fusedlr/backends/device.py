@@ -131,6 +131,12 @@ class DeviceExecutor(Executor):
             step = leaf.step + 1
             values = knobs.scalars[leaf.group].items()
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
+            for s in knobs.schedules[leaf.group]:
+                held = getattr(s.live, "device_value", None)
+                if held is not None and s.name in scalars and not s.overridden():
+                    # The value is a multiple of what the device holds, or does not depend on it.
+                    none, one = s.at(knobs.t, 0.0), s.at(knobs.t, 1.0)
+                    scalars[s.name] = none + (one - none) * held.to(leaf.device, non_blocking=True)
             h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
             factor = 1.0 if self._factors is None else self._factors[i]
             factor = factor.to(leaf.device) if isinstance(factor, Tensor) else factor

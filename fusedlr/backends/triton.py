@@ -287,6 +287,10 @@ class TritonExecutor(Executor):
     def arrived_clock(self) -> int | None:
         return self._mirror.poll()
 
+    def refresh(self) -> None:
+        for bucket in self._buckets:
+            bucket.refresh()
+
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         for bucket, units in itertools.zip_longest(self._buckets, self._units):
             segments = bucket.segments if knobs.measures else bucket.gather(grads)
