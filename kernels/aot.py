@@ -290,6 +290,11 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
             yield _step(rule, dtype)
 
 
+def _dtype_of(name: str) -> list[str]:
+    """The dtype of the parameters in a kernel's name, which those of its format may follow."""
+    return [part for part in name.split("-") if part in _SHORT.values()][:1]
+
+
 @functools.cache
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -429,7 +434,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for the results (default: a temporary one)")
     parser.add_argument("--only", default="", help="compile the kernels whose names contain this")
+    every = ",".join(_SHORT.values())
+    parser.add_argument("--dtypes", default=every, help="compile for parameters of these dtypes (default: %(default)s)")
     options = parser.parse_args(arguments)
+    wanted = set(options.dtypes.split(","))
+    if not wanted <= set(_SHORT.values()):
+        parser.error(f"--dtypes must be some of {every}, but got {options.dtypes!r}")
     try:
         target = target_of(options.arch)
     except ValueError as error:
@@ -437,7 +447,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        reports = [compile_kernel(k, options.arch, out) for k in kernels(target) if options.only in k.name]
+        chosen = [k for k in kernels(target) if options.only in k.name and wanted.intersection(_dtype_of(k.name))]
+        reports = [compile_kernel(kernel, options.arch, out) for kernel in chosen]
         rows = [r._asdict() | {"loops": [loop._asdict() for loop in r.loops]} for r in reports]
         table = {"arch": options.arch, "triton": triton.__version__, "kernels": rows}
         (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
