@@ -16,6 +16,8 @@ from test_twins import RULES
 pytest.importorskip("triton")
 from fusedlr.kernels import launch
 
+pytestmark = pytest.mark.xdist_group("aot")  # compiled once, by one process
+
 # The dtypes that are compiled. To a compiler fp16 is what bf16 is, and float64 is there to be right: once is enough.
 ARCHITECTURES = {"sm_80": "fp32,bf16", "sm_90": "fp32,bf16,fp16,fp64", "sm_100": "fp32,bf16", "gfx942": "fp32,bf16"}
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
