@@ -101,7 +101,7 @@ class Executor(ABC):
         """The clock, where news of skipped steps has come from a device since it was last asked; never waits."""
         return None
 
-    def refresh(self) -> None:
+    def refresh(self) -> None:  # noqa: B027  # most executors read it from the host or where it is kept
         """Send what schedules follow beside the steps where it is used, after it changed between two steps."""
 
     @abstractmethod
