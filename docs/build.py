@@ -57,16 +57,15 @@ class Picture(NamedTuple):
         from matplotlib import pyplot
 
         schedule = eval(self.expression, {**vars(schedules), "math": math})
-        rows = schedule.rows(1.0)
         figure, axes = pyplot.subplots(figsize=(4.6, 1.9), dpi=110)
-        values = [schedules.value(rows, t) for t in range(self.steps)]
+        values = [schedule(t, 1.0) for t in range(self.steps)]
         axes.plot(range(self.steps), values, color="#1f5fa8", linewidth=1.6)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7, length=2)
-        axes.set_xlabel("step", fontsize=7)
+        axes.set_xlabel(schedule._axis, fontsize=7)
         axes.set_title(self.expression, fontsize=7, family="monospace")
         self.path.parent.mkdir(exist_ok=True)
         figure.savefig(self.path, bbox_inches="tight", metadata={"Description": self.mark, "Software": None})
@@ -109,6 +108,8 @@ SCHEDULES: dict[str, dict[str, tuple[str, int]]] = {
         "SqrtDecay": ("SqrtDecay(0.1)", 120),
         "InverseTimeDecay": ("InverseTimeDecay(0.1)", 120),
         "PowerDecay": ("PowerDecay(0.1, 2.0)", 120),
+        "TimeDecay": ('TimeDecay(0.1, unit="minutes")', 120),
+        "Plateau": ("", 0),
     },
     "Recipes and cycles": {
         "WSD": ('WSD(15, 55, 30, decay="1-sqrt", min_lr=0.05)', 110),
@@ -159,7 +160,8 @@ def peers_tables() -> str:
         "## From other libraries",
         "b is the base learning rate of the group, n the length, w the warm-up. Every row is tested against the "
         "formula in the library's source. torch's own schedulers are read by `from_torch`. What follows a metric, as "
-        "transformers' `reduce_lr_on_plateau` and timm's `PlateauLRScheduler` do, has no curve, and no row.",
+        "transformers' `reduce_lr_on_plateau` and timm's `PlateauLRScheduler` do, has no curve, and no row: "
+        "use `Plateau`.",
     ]
     for library, peers in PEERS.items():
         rows = [f"| `{peer.theirs}` | `{peer.ours}` | {peer.note} |" for peer in peers]

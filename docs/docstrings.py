@@ -71,7 +71,8 @@ def arguments(text: str) -> str:
 def call(thing: Any) -> str:
     """How a class or function is called, without annotations."""
     parameters = inspect.signature(thing).parameters.values()
-    return f"{thing.__name__}({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
+    text = f"{thing.__name__}({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
+    return text.replace("<built-in function monotonic>", "time.monotonic")
 
 
 def example(text: str) -> str:

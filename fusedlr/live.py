@@ -236,8 +236,8 @@ def report(optimizer: FusedOptimizer, metric: Any) -> None:
     kinds = {leaf.device.type for leaf in optimizer._leaves}
     if "cpu" in kinds and len(kinds) > 1:
         raise ValueError(
-            f"a Plateau needs all parameters on one kind of device, but they are on {sorted(kinds)}: the CPU would have "
-            "to wait for the GPU; use one optimizer for the parameters of each"
+            f"a Plateau needs all parameters on one kind of device, but they are on {sorted(kinds)}: the CPU would "
+            "have to wait for the GPU; use one optimizer for the parameters of each"
         )
     device = optimizer._device()
     number = _on(metric, device)

@@ -117,7 +117,7 @@ class Executor(ABC):
         """What the graph of a captured step reads and writes; the next step makes anew what may change of it."""
         return []
 
-    def refresh(self) -> None:  # noqa: B027  # nothing to do where the host applies
+    def refresh(self) -> None:  # noqa: B027  # most executors read it from the host or where it is kept
         """Send what schedules follow beside the steps where it is used, after it changed between two steps."""
 
     @abstractmethod

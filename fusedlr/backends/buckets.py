@@ -267,7 +267,7 @@ class Bucket:
         return self._sent_tracks.tensor, self._sent_program.tensor, self._sent_table.tensor, self._programs[1]
 
     def refresh(self) -> None:
-        """Write the numbers that change between steps into the table where it lies, so that a captured graph sees them."""
+        """Write the numbers that change between steps into the table where it lies: a captured graph reads it there."""
         for i, (cell, live, version) in enumerate(self._cells):
             if live.version != version:
                 live.fill(cell)

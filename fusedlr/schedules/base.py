@@ -253,11 +253,10 @@ class ForSteps(Schedule):
 
     def _rows(self, base_lr: float) -> list[Row]:
         rows = self.schedule._rows(base_lr)
-        kept = [
-            row._replace(length=min(row.length, (self.steps - row.start) / row.stride)) if row.kind == Kind.LIVE else row
-            for row in rows
-            if row.start < self.steps
-        ]
+        kept = [row for row in rows if row.start < self.steps]
+        for i, row in enumerate(kept):
+            if row.kind == Kind.LIVE:
+                kept[i] = row._replace(length=min(row.length, (self.steps - row.start) / row.stride))
         # What follows something else than the steps stays in force, and follows it no longer; the rest holds its value.
         now = {row.factor: row for row in rows if row.start <= self.steps}
         live = {f for f, row in now.items() if row.kind == Kind.LIVE and row.start < self.steps}

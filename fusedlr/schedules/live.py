@@ -94,12 +94,12 @@ class TimeDecay(Schedule):
 class Plateau(Schedule):
     """Multiply by ``factor`` where a metric has stopped improving: torch's ``ReduceLROnPlateau``, on the device.
 
-    ``optimizer.report(metric)`` takes the place of ``scheduler.step(metric)``. After more than ``patience`` reports in a
-    row without an improvement the value becomes ``max(value * factor, min_lr)``, unless that is less than ``eps`` away;
-    then ``cooldown`` reports pass before bad ones count again. A NaN is never an improvement. Each param group and
-    scheduled scalar has its own state, which is in the state_dict. Reports made before this schedule has begun, as in
-    ``Warmup(100).then(Plateau())``, or after it has ended, do not count. On the host, where nobody reports, the schedule
-    is its base.
+    ``optimizer.report(metric)`` takes the place of ``scheduler.step(metric)``, and does not wait for a GPU. After more
+    than ``patience`` reports in a row without an improvement the value becomes ``max(value * factor, min_lr)``, if that
+    lowers it by more than ``eps``; then ``cooldown`` reports pass before bad ones count again. A NaN is never an
+    improvement. Each param group and scheduled scalar has its own state, which is in the state_dict. Reports made
+    before this schedule has begun, as in ``Warmup(100).then(Plateau())``, or after it has ended, do not count. On the
+    host, where nobody reports, the schedule is its base. ``last_lr`` shows the last value that has arrived from a GPU.
 
     Args:
         mode: "min" where the metric should fall, "max" where it should rise.
@@ -146,7 +146,9 @@ class Plateau(Schedule):
         elif isinstance(min_lr, Sequence) and not isinstance(min_lr, str):
             min_lr = tuple(checks.number(f"min_lr[{i}]", low) for i, low in enumerate(min_lr))
         else:
-            raise TypeError(f"min_lr must be a number or a sequence of them, but got {min_lr!r} ({type(min_lr).__name__})")
+            raise TypeError(
+                f"min_lr must be a number or a sequence of them, but got {min_lr!r} ({type(min_lr).__name__})"
+            )
         store(
             self,
             mode=checks.choice("mode", self.mode, ("min", "max")),
