@@ -48,6 +48,11 @@ def check_captured(optimizer: FusedOptimizer, plan: Plan) -> None:
             "a step with nonfinite='raise' looks at the device in the middle, which a CUDA graph cannot; "
             "use nonfinite='skip' and watch skipped_steps"
         )
+    if len(plan.executors) > 1:
+        raise CaptureError(
+            "some parameters lie on the CPU, where the captured step would be taken at once and no replay would ever "
+            "take it; give these parameters an optimizer of their own"
+        )
     missing = [
         leaf.index
         for leaf, is_active in zip(optimizer._leaves, plan.active, strict=True)

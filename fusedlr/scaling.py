@@ -33,7 +33,9 @@ class GradScale(NamedTuple):
 
     def on_host(self) -> tuple[float, bool]:
         """(what the gradients are multiplied by, whether the step is left out); waits for tensors of a device."""
-        return 1.0 / (float(self.divisor) * float(self.scale)), float(self.found_inf) != 0.0
+        product = float(self.divisor) * float(self.scale)
+        # A loss scale that was halved too often is 0; a tensor divides by it too.
+        return 1.0 / product if product else math.inf, float(self.found_inf) != 0.0
 
     def on_device(self, device: torch.device) -> tuple[Any, Tensor | None]:
         """The same without a wait: what is a tensor stays one; None where no step is left out."""

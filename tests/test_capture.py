@@ -13,6 +13,7 @@ import fusedlr
 from fusedlr import capture, schedules
 from fusedlr import optimizer as core
 from fusedlr.backends.device import DeviceExecutor
+from fusedlr.backends.torch import HostExecutor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_graphs.py captures real graphs")
 COSINE = schedules.Cosine(10, min_lr=0.0)
@@ -91,6 +92,17 @@ def test_a_parameter_that_no_replay_would_step_is_an_error(graph: Graph) -> None
     params[1].requires_grad_(False)  # a frozen one may be left out
     with graph:
         optimizer.step()
+
+
+def test_parameters_on_the_cpu_would_be_stepped_once_only(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = make(clip=None)
+    apart = lambda backend, leaves: [DeviceExecutor(leaves[:1], [0]), HostExecutor(leaves[1:], [1])]  # noqa: E731
+    monkeypatch.setattr(core, "executors_for", apart)
+    optimizer.step()
+    before = snapshot(optimizer)
+    with graph, pytest.raises(RuntimeError, match=r"on the CPU.*no replay.*optimizer of their own"):
+        optimizer.step()
+    assert all(map(torch.equal, snapshot(optimizer), before)) and params[1].grad is not None
 
 
 def test_raise_cannot_be_captured(graph: Graph) -> None:
@@ -206,7 +218,7 @@ def test_numbers_that_moved_before_a_capture_are_captured(graph: Graph) -> None:
 
 def test_the_host_follows_replays(graph: Graph) -> None:
     """The clock arrives by copies that the graph makes; here somebody else moves it."""
-    optimizer, params = make(schedule=COSINE)
+    optimizer, _ = make(schedule=COSINE)
     optimizer._replayed = capture.ReplayedClock(torch.device("cpu"))  # as a first step on a GPU makes it
     optimizer.step()
     with graph:
