@@ -44,16 +44,17 @@ class GradScale(NamedTuple):
         return 1.0 / (divisor * scale), found_inf != 0.0 if isinstance(found_inf, Tensor) else None
 
 
-UNSCALED = GradScale(1.0, 1.0, 0.0)
+_ONE = 1.0
+UNSCALED = GradScale(_ONE, 1.0, 0.0)
 
 
 def scale_of(optimizer: FusedOptimizer) -> GradScale:
     """The scale of the next step, from ``grad_divisor`` and from what ``GradScaler`` set on the optimizer."""
-    own = vars(optimizer)
     # GradScaler multiplies by the attribute that is there: a default of the class would be in its way.
-    divisor, scale, found_inf = own["_grad_divisor"], own.get("grad_scale"), own.get("found_inf")
-    if scale is None and found_inf is None and divisor is UNSCALED.divisor:
+    own, divisor = optimizer.__dict__, optimizer._grad_divisor
+    if divisor is _ONE and "found_inf" not in own and "grad_scale" not in own:
         return UNSCALED
+    scale, found_inf = own.get("grad_scale"), own.get("found_inf")
     if found_inf is not None and not optimizer._may_skip:
         # From now on the clock of the device may be behind the host's; and all gradients must be of one executor.
         optimizer._may_skip = True

@@ -14,6 +14,7 @@ from fusedlr import capture, schedules
 from fusedlr import optimizer as core
 from fusedlr.backends.device import DeviceExecutor
 from fusedlr.backends.torch import HostExecutor
+from fusedlr.backends.triton import TritonExecutor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_graphs.py captures real graphs")
 COSINE = schedules.Cosine(10, min_lr=0.0)
@@ -35,6 +36,7 @@ class Graph:
 def graph(monkeypatch: pytest.MonkeyPatch) -> Graph:
     graph = Graph()
     monkeypatch.setattr(capture, "capturing", lambda device: graph.on)
+    monkeypatch.setattr(TritonExecutor, "captures", lambda executor: graph.on)
     return graph
 
 
