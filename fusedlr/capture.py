@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .live import Timed
+
 if TYPE_CHECKING:
     from .gather import Plan
     from .optimizer import FusedOptimizer
@@ -52,6 +54,11 @@ def check_captured(optimizer: FusedOptimizer, plan: Plan) -> None:
         raise CaptureError(
             "some parameters lie on the CPU, where the captured step would be taken at once and no replay would ever "
             "take it; give these parameters an optimizer of their own"
+        )
+    if any(isinstance(s.live, Timed) for scheduled in optimizer._schedules for s in scheduled):
+        raise CaptureError(
+            "a TimeDecay does not move in a CUDA graph: its time is the host's, which takes no part in a replay; "
+            "use InverseTimeDecay, which counts steps"
         )
     missing = [
         leaf.index
@@ -119,6 +126,6 @@ def follow(optimizer: FusedOptimizer) -> None:
     arrived = optimizer._replayed.news() if optimizer._replayed is not None and optimizer._captured else None
     if arrived:
         optimizer._t = arrived - 1
-        scalars = optimizer._scalars()
+        scalars, driven = optimizer._scalars()
         optimizer._t = arrived
-        optimizer._show(scalars)
+        optimizer._show(scalars, driven)

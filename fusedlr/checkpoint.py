@@ -2,8 +2,9 @@
 
 torch's distributed checkpoints keep nothing but ``state`` and ``param_groups``, and rebuild a group from the keys the
 live group has. So fusedlr's own data, all of it plain, lives in every group under the key ``fusedlr``: the clock ``t``,
-the skipped steps, and the marks of what fusedlr wrote. Schedules and clipping come from the code that builds the
-optimizer, not from a checkpoint, which holds their ``repr`` for the reader.
+the skipped steps, the marks of what fusedlr wrote, and (in the first group alone) what the clip remembers of the norms.
+Schedules and clipping come from the code that builds the optimizer, not from a checkpoint, which holds their ``repr``
+for the reader.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .groups import GROUP_KEY
+from .live import Metered, plain
 from .state import Bank, adopt, check_entry, ensure_state, entry_views
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
 def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """torch's state_dict with fusedlr's data as plain data."""
     t, skipped = sync_clock(optimizer)
+    statistics = optimizer._records.save()
     state = state_dict["state"]
     state_dict["state"] = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state.items()}
     for group in state_dict["param_groups"]:
@@ -44,12 +47,20 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         group[GROUP_KEY] = {
             "t": t,
             "skipped_steps": skipped,
+            # Once is enough: AutoClip may remember thousands of norms.
+            "clip_statistics": statistics if group is state_dict["param_groups"][0] else [],
             "base": dict(marks["base"]),
             "written": dict(marks["written"]),
+            **_live(marks),
         }
         for key in _CODE_KEYS:
             group[key] = None if group[key] is None else repr(group[key])
     return state_dict
+
+
+def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of what a group's schedules follow beside the steps, where they follow something."""
+    return {"live": {name: plain(state) for name, state in marks["live"].items()}} if "live" in marks else {}
 
 
 def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
@@ -57,6 +68,7 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"a state_dict needs the keys 'state' and 'param_groups', but got {sorted(state_dict)}")
+    optimizer._records.check(_statistics(state_dict))
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         # The saved flags will rule, and with them other state may be needed.
@@ -65,6 +77,12 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
         for key, leaf in zip(saved["params"], leaves, strict=False):
             if key in state_dict["state"]:
                 check_entry(leaf, state_dict["state"][key], rule)
+
+
+def _statistics(state_dict: Mapping[str, Any]) -> Any:
+    """What the clip remembered, from the group that has it."""
+    found = (group.get(GROUP_KEY, {}).get("clip_statistics") for group in state_dict["param_groups"])
+    return next((statistics for statistics in found if statistics), [])
 
 
 def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
@@ -78,7 +96,7 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
         marks = group[GROUP_KEY]
         if "t" in marks:
             saved = marks
-        group[GROUP_KEY] = {"base": dict(marks["base"]), "written": dict(marks["written"])}
+        group[GROUP_KEY] = {"base": dict(marks["base"]), "written": dict(marks["written"]), **_live(marks)}
         if marks is before[GROUP_KEY] and "lr" in group[GROUP_KEY]["written"]:
             # torch's checkpoint: its lr is the last one it used, not somebody's override.
             group[GROUP_KEY]["written"]["lr"] = float(group["lr"])
@@ -88,6 +106,7 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
     optimizer._skipped_before = int(saved.get("skipped_steps", 0))
     for clock in optimizer._clocks.values():
         clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
+    optimizer._records.load(_statistics(state_dict))
     optimizer._bind_groups()
 
 
@@ -143,6 +162,9 @@ def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:
 def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
     """What copying and pickling must keep beside torch's defaults, state and param groups."""
     t, skipped = sync_clock(optimizer)
+    for s in (s for scheduled in optimizer._schedules for s in scheduled):
+        if isinstance(s.live, Metered):
+            s.live.settle()
     own = {
         "clip": optimizer._clip,
         "nonfinite": optimizer._nonfinite,
@@ -152,6 +174,7 @@ def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
         "fold_grad_scale": optimizer._step_supports_amp_scaling,
         "t": t,
         "skipped": skipped,
+        "statistics": optimizer._records.save(),
         "last_lr": [lr.clone() if isinstance(lr, Tensor) else lr for lr in optimizer._last_lr],
     }
     return {_OWN: own}
@@ -175,5 +198,6 @@ def revive(optimizer: FusedOptimizer, own: Mapping[str, Any]) -> None:
     optimizer._t = own["t"]
     optimizer._skipped_before = own["skipped"]
     optimizer._last_lr = own["last_lr"]
+    optimizer._records.load(own["statistics"])
     optimizer._register()
     _take_in(optimizer)

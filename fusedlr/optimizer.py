@@ -16,14 +16,15 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from . import capture, checkpoint, scaling
-from .backends import Backend, Executor, Knobs, choose_backend, executors_for
+from . import capture, checkpoint, live, scaling
+from .backends import Backend, Knobs, check_one_executor, choose_backend, executors_for
 from .clipping import Clip, as_clip
+from .clipping.records import Records
 from .flat import rehome
 from .gather import Plan, check_gradients
 from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, own_tensors, read, scheduled_scalars
 from .rule import Rule
-from .state import Bank, Leaf, Mark, adopt, check_entry, ensure_state, entry_views, watched
+from .state import Bank, Leaf, Mark, adopt_replaced, ensure_state, watched
 
 if TYPE_CHECKING:
     from .integrations.lr_scheduler import FusedLRScheduler
@@ -93,6 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._clocks: dict[torch.device, Tensor] = {}
         self._skipped_before = 0
+        self._records = Records(self._clip)
         self._may_skip = self._nonfinite == "skip"
         self._last_lr: list[Any] = []
         self._captured: list[Any] = []  # what graphs of captured steps hold the addresses of
@@ -160,7 +162,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     def next_lr(self) -> list[float]:
         """The lr that the next step will use, one float a param group."""
         capture.follow(self)
-        return [float(values["lr"]) for values in self._scalars()]
+        return [float(values["lr"]) for values in self._scalars()[0]]
+
+    @torch.no_grad()
+    def report(self, metric: float | Tensor) -> None:
+        """Tell a ``Plateau`` the metric it follows, a number or a 0-dim tensor; a GPU is not waited for.
+
+        Raises:
+            TypeError: the metric is no real number.
+            ValueError: no schedule of this optimizer is or holds a ``Plateau``.
+        """
+        live.report(self, metric)
 
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("\n")
@@ -209,12 +221,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
                     "use torch.view_as_real(parameter), or torch.optim for it"
                 )
+        if self._clip is not None and self._clip.scope == "unit" and self._rule(group).trust is not None:
+            raise ValueError(
+                f"clip={self._clip!r} and the trust ratio of {type(self).__name__} both scale by the norms of weights, "
+                "and are not combined; use a clip of the gradients alone, such as clipping.GlobalNorm"
+            )
         group["clip"] = self._clip
         marks = group.setdefault(GROUP_KEY, {})
         marks.setdefault("base", {})
         marks.setdefault("written", {})
         schedules = as_schedules(group["schedule"], (*self._rule(group).scalars,), self._clip)
-        scheduled_scalars(group, schedules)
+        scheduled_scalars(group, schedules, len(self.param_groups) - 1)
 
     def _register(self) -> None:
         """Take note of all parameters; move into flat buffers those that are new and can be moved."""
@@ -238,7 +255,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = [as_schedules(group["schedule"], self._rule(group).scalars, self._clip) for group in groups]
         self._max_norm_schedule = next((s["max_norm"] for s in given if "max_norm" in s), None)
         own_tensors(groups, given)
-        self._schedules = [scheduled_scalars(*pair) for pair in zip(groups, given, strict=True)]
+        before, n = self._schedules, len(groups)
+        self._schedules = [scheduled_scalars(group, given[i], i, n) for i, group in enumerate(groups)]
+        live.carry(before, self._schedules)
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -254,8 +273,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if is_dynamo_compiling():  # never true but where torch.compile traces this, whose graph ends here
             return _step_outside_graphs(self, closure)
-        if torch._C._autograd._profiler_enabled() or any(
-            (_global_pre_hooks, _global_post_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or torch._C._autograd._profiler_enabled()
         ):
             return _hooked_step(self, closure)
         return self._step(closure)
@@ -290,7 +313,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             captures = captures or executor.captures()
         if captures:
             capture.check_captured(self, plan)
-        scalars = self._scalars()
+        advance = not checkpoint.is_hidden_step(self, banks)
+        if advance:
+            live.tick(self._schedules, self._t)
+        scalars, driven = self._scalars()
         knobs = Knobs(
             scalars=scalars,
             maximize=[bool(group["maximize"]) for group in self.param_groups],
@@ -302,9 +328,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             scale=scale,
             nonfinite=self._nonfinite,
             may_skip=self._may_skip,
-            advance=not checkpoint.is_hidden_step(self, banks),
+            advance=advance,
             grad_norm=self.last_grad_norm,
             clock=self._clock,
+            records=self._records,
         )
         try:
             skipped = _run(plan, grads, knobs)
@@ -318,7 +345,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._captured and self._replayed is not None:
             self._replayed.record(self._clock(self._device()))
         if not skipped and not captures:
-            self._show(scalars)
+            self._show(scalars, driven)
             self._t += knobs.advance
 
     def _gather(self) -> tuple[Plan, list[Tensor], list[Bank]]:
@@ -363,8 +390,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for leaf, g in zip(leaves, grads, strict=True):
             leaf.grad_dtype = g.dtype
         executors = executors_for(self._backend, leaves)
-        self._check_one_executor(executors)
-        self._adopt_replaced(rules)
+        guards = self._nonfinite != "propagate" or self._may_skip
+        check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
+        adopt_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
         plan = Plan(leaves, rules, active, ptrs, executors)
         for executor in executors:
@@ -377,15 +405,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._watch_state()
         return plan, grads, banks
 
-    def _check_one_executor(self, executors: list[Executor]) -> None:
-        guards = self._nonfinite != "propagate" or self._may_skip
-        needs_all = guards or (self._clip is not None and self._clip.scope is not None)
-        if len(executors) > 1 and needs_all:
-            raise ValueError(
-                "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: what both the CPU and a "
-                "GPU decide would have to wait for the GPU in every step; use one optimizer for the parameters of each"
-            )
-
     def _clock(self, device: torch.device) -> Tensor:
         """The int64 tensor (t, skipped steps) of a device."""
         if device not in self._clocks:
@@ -395,16 +414,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             clock[1].fill_(self._skipped_before)
         return self._clocks[device]
 
-    def _scalars(self) -> list[dict[str, Any]]:
-        """The hyper-parameters of the next step, one dict a group; the groups themselves are not changed."""
-        values = []
+    def _scalars(self) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
+        """The hyper-parameters of the next step, one dict a group, and which of them a schedule drives, to what value.
+
+        The groups themselves are not changed.
+        """
+        values, driven = [], []
         for group, scheduled in zip(self.param_groups, self._schedules, strict=True):
             scalars = {name: read(group, name) for name in self._rule(group).scalars}
             for s in scheduled:
                 if not s.overridden():
-                    scalars[s.name] = s.at(self._t)
+                    scalars[s.name] = value = s.at(self._t)
+                    driven.append((s, value))
             values.append(scalars)
-        return values
+        return values, driven
 
     def _clip_numbers(self) -> tuple[float, float, float]:
         if self._clip is None:
@@ -414,11 +437,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             max_norm = self._max_norm_schedule(self._t, max_norm)
         return max_norm, eps, limit
 
-    def _show(self, scalars: list[dict[str, Any]]) -> None:
-        for values, scheduled in zip(scalars, self._schedules, strict=True):
-            for s in scheduled:
-                if not s.overridden():
-                    s.show(values[s.name])
+
+    def _show(self, scalars: list[dict[str, Any]], driven: list[tuple[Scheduled, float]]) -> None:
+        for scheduled, value in driven:
+            scheduled.show(value)
         self._last_lr = [values["lr"] for values in scalars]
 
     # ---- state that others touch -------------------------------------------------------------------------------
@@ -427,20 +449,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Learn from now on when somebody puts other dicts or tensors into ``self.state``."""
         self._watched = watched(self.state, self._mark)
         self.state = self._watched
-
-    def _adopt_replaced(self, rules: list[Rule]) -> None:
-        """Bring replaced state into the banks; a parameter whose state was removed starts anew, as in torch."""
-        changed = []
-        for leaf in self._leaves:
-            if leaf.bank is None or not leaf.fits(rules[leaf.group]):
-                continue
-            entry = self.state.get(leaf.param) or {}
-            if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
-                check_entry(leaf, entry, rules[leaf.group])
-                changed.append((leaf, entry))
-        for leaf, entry in changed:
-            adopt(leaf, entry)
-            self.state[leaf.param] = {**entry, **entry_views(leaf)}
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -477,11 +485,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 _hooked_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
 # The step where torch.compile is at work: run as it is, with nothing in it traced, so that nothing in it recompiles.
 _step_outside_graphs = _disable_dynamo(FusedOptimizer.step)
-
-
-def _is_view(value: Any, view: Tensor) -> bool:
-    """Whether a state entry still is the bank's own memory."""
-    return isinstance(value, Tensor) and value.data_ptr() == view.data_ptr() and value.shape == view.shape
 
 
 def _run(plan: Plan, grads: list[Tensor], knobs: Knobs) -> bool:

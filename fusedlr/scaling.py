@@ -55,6 +55,11 @@ def scale_of(optimizer: FusedOptimizer) -> GradScale:
     if divisor is _ONE and "found_inf" not in own and "grad_scale" not in own:
         return UNSCALED
     scale, found_inf = own.get("grad_scale"), own.get("found_inf")
+    if optimizer.clip is not None and optimizer.clip.scope == "unit":
+        raise ValueError(
+            f"clip={optimizer.clip!r} compares the norms of weights with those of undivided gradients: it goes with "
+            "neither grad_divisor nor fold_grad_scale; divide the loss, or leave unscaling to the scaler"
+        )
     if found_inf is not None and not optimizer._may_skip:
         # From now on the clock of the device may be behind the host's; and all gradients must be of one executor.
         optimizer._may_skip = True

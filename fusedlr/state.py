@@ -19,7 +19,7 @@ from torch import Tensor
 from .flat import SMALL, Home, aligned, dense_strides, is_dense, memory_view, own_view
 from .rule import Rule
 
-__all__ = ["Bank", "Leaf", "Mark", "adopt", "check_entry", "ensure_state", "entry_views", "watched"]
+__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_views", "watched"]
 
 # Between the starts of a bank's slots modulo a page. Streams at equal places within their pages compete for the same
 # sets of the cache: an update that reads and writes four of them takes 4 to 12 % longer.
@@ -258,6 +258,26 @@ def _put(number: Tensor, value: Any, otherwise: float) -> None:
         number.fill_(otherwise if value is None else float(value))
     elif value.data_ptr() != number.data_ptr():
         number.copy_(value.reshape(()))
+
+
+def adopt_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> None:
+    """Bring replaced state into the banks; a parameter whose state was removed starts anew, as in torch."""
+    changed = []
+    for leaf in leaves:
+        if leaf.bank is None or not leaf.fits(rules[leaf.group]):
+            continue
+        entry = state.get(leaf.param) or {}
+        if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
+            check_entry(leaf, entry, rules[leaf.group])
+            changed.append((leaf, entry))
+    for leaf, entry in changed:
+        adopt(leaf, entry)
+        state[leaf.param] = {**entry, **entry_views(leaf)}
+
+
+def _is_view(value: Any, view: Tensor) -> bool:
+    """Whether a state entry still is the bank's own memory."""
+    return isinstance(value, Tensor) and value.data_ptr() == view.data_ptr() and value.shape == view.shape
 
 
 def check_entry(leaf: Leaf, entry: Any, rule: Rule) -> None:

@@ -10,11 +10,12 @@ import triton.language as tl
 from .measure import EUCLID, LARGEST
 from .schedules import schedule_value
 
-__all__ = ["GLOBAL", "NOTHING", "TENSOR", "decide"]
+__all__ = ["GLOBAL", "NOTHING", "TENSOR", "UNIT", "decide"]
 
 NOTHING = tl.constexpr(0)  # scopes of the norm
 GLOBAL = tl.constexpr(1)
 TENSOR = tl.constexpr(2)
+UNIT = tl.constexpr(3)  # the norm is global, and the factors of the units are made elsewhere
 
 TILE = tl.constexpr(16)  # partials of each of LANES tensors that are read at once
 
@@ -164,8 +165,10 @@ def decide(
     rows_ptr,
     norm_ptr,
     skip_ptr,
+    record_ptr,
     ROW: tl.constexpr,
     FACTOR: tl.constexpr,
+    THRESHOLD: tl.constexpr,  # what makes max_norm of the norm and the record of earlier ones, or None
     SCOPE: tl.constexpr,
     MODE: tl.constexpr,
     GUARD: tl.constexpr,  # whether a non-finite norm leaves everything as it was
@@ -201,6 +204,9 @@ def decide(
             skipped = tl.where(finite, found, 1)
     # 2 where a scaler has found an inf: nobody is to be told of that by an error.
     tl.store(skip_ptr, (skipped + found).to(tl.int32))
+    if THRESHOLD is not None:
+        # All buckets see the same record; the last one brings it up to date.
+        max_norm = tl.minimum(max_norm, THRESHOLD(record_ptr, norm, eps, (advance != 0) & LAST & (found == 0)))
 
     lanes = tl.arange(0, LANES)
     for offset in range(0, n_tensors, LANES):

@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels"
 # Upward only: a module imports modules of a lower layer or of its own (families, backends, schedules among themselves).
 LAYERS = [
     {"schedules", "rule", "flat"},
-    {"clipping", "scaling"},
+    {"clipping", "live", "scaling"},
     {"capture", "groups", "state"},
     {"gather"},
     {"backends"},

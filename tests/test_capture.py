@@ -242,3 +242,11 @@ def test_the_host_follows_replays(graph: Graph) -> None:
     state["param_groups"][0]["fusedlr"]["t"] = 3
     optimizer.load_state_dict(state)
     assert optimizer.steps_taken == 3 and int(clock[0]) == 3
+
+
+def test_a_schedule_by_time_cannot_be_captured(graph: Graph) -> None:
+    optimizer, _ = make(schedule=schedules.TimeDecay(0.1))
+    optimizer.step()
+    graph.on = True
+    with pytest.raises(capture.CaptureError, match="TimeDecay does not move"):
+        optimizer.step()

@@ -15,7 +15,7 @@ from kernel_tables import DEVICE, decided
 from test_twins import RULES
 
 from fusedlr import schedules
-from fusedlr.clipping import clip_factor, normalize_factor
+from fusedlr.clipping.fixed import clip_factor, normalize_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 

@@ -373,3 +373,13 @@ def test_attributes_that_are_set_by_hand_are_honoured(backend: str) -> None:
         optimizer.step()
         outcomes.append(everything(optimizer))
     assert all(map(torch.equal, *outcomes))
+
+
+def test_units_are_not_compared_with_multiples_of_their_gradients() -> None:
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(3, 2)
+    optimizer = fusedlr.AdamW([p], lr=0.1, clip=fusedlr.clipping.AGC())
+    optimizer.grad_divisor = 2
+    with pytest.raises(ValueError, match=r"AGC.*grad_divisor"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(3, 2)) and not optimizer.state

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 from torch import Tensor, cuda, device, xpu
 
 from ..clipping import Clip
+from ..clipping.records import Records
 from ..groups import Scheduled
 from ..rule import Rule
 from ..scaling import GradScale
 from ..state import Leaf
 
-__all__ = ["Backend", "Executor", "Knobs", "choose_backend", "executors_for"]
+__all__ = ["Backend", "Executor", "Knobs", "check_one_executor", "choose_backend", "executors_for"]
 
 _T = TypeVar("_T")
 _NAMES = ("auto", "triton", "torch")
@@ -43,6 +44,7 @@ class Knobs:
         advance: whether the clock counts this step.
         grad_norm: where the global norm goes, or None.
         clock: gives the int64 tensor (t, skipped steps) of a device.
+        records: what the clip keeps on each device.
     """
 
     scalars: list[dict[str, Any]]
@@ -58,10 +60,11 @@ class Knobs:
     advance: bool
     grad_norm: Tensor | None
     clock: Callable[[device], Tensor]
+    records: Records
 
     @property
     def scope(self) -> str | None:
-        """Over what a norm is needed: "global", "tensor", or None for no norm."""
+        """Over what a norm is needed: "global", "tensor", "unit", or None for no norm."""
         return self.clip.scope if self.clip is not None else None
 
     @property
@@ -113,6 +116,9 @@ class Executor(ABC):
     def hand_over(self) -> list[Any]:
         """What the graph of a captured step reads and writes; the next step makes anew what may change of it."""
         return []
+
+    def refresh(self) -> None:  # noqa: B027  # nothing to do where the host applies
+        """Send what schedules follow beside the steps where it is used, after it changed between two steps."""
 
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
@@ -206,3 +212,12 @@ def executors_for(backend: Backend, leaves: list[Leaf]) -> list[Executor]:
 
             executors.append(DeviceExecutor(mine, where))
     return executors
+
+
+def check_one_executor(executors: Sequence[Executor], needs_all: bool) -> None:
+    """Raise an error where a decision about all gradients would have to be made by several executors."""
+    if len(executors) > 1 and needs_all:
+        raise ValueError(
+            "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: what both the CPU and a "
+            "GPU decide would have to wait for the GPU in every step; use one optimizer for the parameters of each"
+        )

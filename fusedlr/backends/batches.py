@@ -109,7 +109,8 @@ class Round(NamedTuple):
 class Call:
     """Batches of one group, dtype, dtype of the gradients and count of steps."""
 
-    __slots__ = ("_numbers", "_rounds", "batches", "converts", "group", "has_gaps", "has_operator", "leaf", "rule")
+    __slots__ = ("_numbers", "_rounds", "_seen", "_taken", "batches", "converts", "group", "has_gaps", "has_operator",
+                 "leaf", "rule")  # fmt: skip
 
     def __init__(self, rule: Rule, batches: list[Batch]) -> None:
         self.rule = rule
@@ -117,6 +118,8 @@ class Call:
         self.leaf = batches[0].leaves[0]
         self.group = self.leaf.group
         self._numbers = list(_spans([leaf for batch in batches for leaf in batch.leaves]))
+        self._seen: list[bytes] = []  # the numbers as they were when they were last known to be ...
+        self._taken: list[float] | None = None  # ... these for all leaves
         self._rounds: dict[bool, list[Round]] = {}
         self.has_gaps = any(batch.param is None for batch in batches)
         # Whether the operator needs its gradients in another dtype than they have.
@@ -126,15 +129,26 @@ class Call:
 
     def numbers(self) -> list[float] | None:
         """Steps taken, and what the rule carries, the same for all leaves; None where they have come to differ."""
+        if [span.tobytes() for span in self._numbers] != self._seen:
+            self._look()
+        return self._taken
+
+    def _look(self) -> None:
         first = self._numbers[0][0]
-        return first.tolist() if all((span == first).all() for span in self._numbers) else None
+        self._taken = first.tolist() if all((span == first).all() for span in self._numbers) else None
+        self._seen = [span.tobytes() for span in self._numbers]
 
     def count(self, h: Any) -> None:
         """One step more; the row begins with the new values of what the rule carries."""
         for span in self._numbers:
-            span[:, 0] += 1.0
-            if span.shape[1] > 1:
+            if span.shape[1] == 1:
+                span += 1.0
+            else:
+                span[:, 0] += 1.0
                 span[:, 1:] = h[: span.shape[1] - 1]
+        # Equal they were, and equal they have become.
+        self._taken = self._numbers[0][0].tolist()
+        self._seen = [span.tobytes() for span in self._numbers]
 
     def rounds(self, clipped: bool, scratch: Tensor) -> list[Round]:
         """The rounds, where every gradient is to be scaled or converted, or where none is."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import capture
 from ..gather import in_order
+from ..live import Live
 from ..rule import Rule
-from ..schedules.program import pack
+from ..schedules.program import Kind, pack
 from ..state import Leaf
 from . import Knobs
 
@@ -76,7 +77,7 @@ class Bucket:
     """Leaves of one device, rule, dtype and dtype of the gradients: what one launch of each kernel treats."""
 
     def __init__(self, leaves: list[Leaf], positions: list[int], rules: list[Rule]) -> None:
-        from fusedlr.kernels import launch
+        from fusedlr.kernels import launch, launch_trust
 
         self.leaves = leaves
         self.positions = positions
@@ -109,10 +110,13 @@ class Bucket:
         self._sent_program = Sent(self.device)
         self._sent_table = Sent(self.device)
         self._programs: tuple[Any, Any] = (None, None)
+        self._cells: list[tuple[Tensor, Live, int]] = []  # of the table: what changes between steps, and its version
         fields = len(self.rule.hyper._fields)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=self.device)
+        has_trust = self.rule.trust is not None
+        self.trust = launch_trust.trust_partials(self.n_chunks, self.dtype, self.device) if has_trust else None
         self.values = torch.empty(0, dtype=torch.float64, device=self.device)
         self.tensors = torch.empty(0)
         self._norm = torch.empty((), device=self.device)
@@ -233,23 +237,41 @@ class Bucket:
         for g, scheduled in enumerate(knobs.schedules):
             for s in scheduled:
                 if s.name in self.rule.scalars and not s.overridden():
-                    tracks.append((g * width + self.rule.scalars.index(s.name), (s.schedule, s.base)))
+                    tracks.append((g * width + self.rule.scalars.index(s.name), (s.schedule, s.base, s.live)))
         if knobs.max_norm_schedule is not None:
             assert knobs.clip is not None
-            tracks.append((len(knobs.schedules) * width, (knobs.max_norm_schedule, knobs.clip.numbers[0])))
+            tracks.append((len(knobs.schedules) * width, (knobs.max_norm_schedule, knobs.clip.numbers[0], None)))
         return tracks
 
     def programs(self, tracks: list[tuple[int, Any]]) -> tuple[Tensor, Tensor, Tensor, int]:
         """The tracks, the rows and the table of values of the schedules, and the largest number of rows."""
         if self._programs[0] != tracks:
-            packed = pack([schedule.rows(base) for _, (schedule, base) in tracks])
+            programs = [schedule.rows(base) for _, (schedule, base, _) in tracks]
+            packed = pack(programs)
             targets = np.array([target for target, _ in tracks], dtype=np.int64)
             table = np.stack([targets, packed.first, packed.count], axis=1) if tracks else np.zeros((0, 3), np.int64)
             self._sent_tracks.update(np.ascontiguousarray(table, dtype=np.int64))
             self._sent_program.update(np.ascontiguousarray(packed.rows, dtype=np.float64))
+            if packed.live.size or self._cells:  # its cells are not what was sent
+                self._sent_table = Sent(self.device)
             self._sent_table.update(np.ascontiguousarray(packed.values, dtype=np.float64))
+            followed = [
+                live
+                for rows, (_, (_, _, live)) in zip(programs, tracks, strict=True)
+                if any(row.kind == Kind.LIVE for row in rows)
+            ]
+            cells = [self._sent_table.tensor[place] for place in packed.live]
+            self._cells = [(cell, live, -1) for cell, live in zip(cells, followed, strict=True)]
             self._programs = (tracks, int(packed.count.max()) if tracks else 0)
+        self.refresh()
         return self._sent_tracks.tensor, self._sent_program.tensor, self._sent_table.tensor, self._programs[1]
+
+    def refresh(self) -> None:
+        """Write the numbers that change between steps into the table where it lies, so that a captured graph sees them."""
+        for i, (cell, live, version) in enumerate(self._cells):
+            if live.version != version:
+                live.fill(cell)
+                self._cells[i] = (cell, live, live.version)
 
 
 def waves(leaves: Sequence[Leaf]) -> list[int]:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import capture
+from ..clipping.adaptive import unit_factor
 from ..gather import in_order
 from ..rule import Rule
 from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
-from .torch import reference_update
+from .torch import reference_update, trust_terms
+from .units import joined_norm, unit_grid, unit_norms
 
 __all__ = ["DeviceExecutor"]
 
@@ -32,6 +34,7 @@ class DeviceExecutor(Executor):
         self._rules: list[Rule] = []
         self._devices = list(dict.fromkeys(leaf.device for leaf in leaves))
         self._norms: list[Tensor] = []
+        self._weights: list[Tensor] = []  # norms of the parameters' units, where those of gradients are of units
         self._factors: list[Any] | None = None
         self._skip: Tensor | None = None
 
@@ -45,7 +48,15 @@ class DeviceExecutor(Executor):
         """Each gradient is brought into order where it is read."""
 
     def measure(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
-        self._norms = [_norm(g, knobs.norm_type) for g in grads]
+        if knobs.scope != "unit":
+            self._norms = [_norm(g, knobs.norm_type) for g in grads]
+            return
+        self._norms, self._weights = [], []
+        for leaf, g in zip(self.leaves, grads, strict=True):
+            p = leaf.flat if leaf.flat is not None else in_order(leaf.param.detach(), leaf)
+            grid = unit_grid(leaf)
+            self._norms.append(unit_norms(in_order(g, leaf), grid))
+            self._weights.append(unit_norms(p, grid))
 
     def decide(self, knobs: Knobs) -> bool:
         self._factors, self._skip = None, None
@@ -76,23 +87,40 @@ class DeviceExecutor(Executor):
     def _measured(self, knobs: Knobs, inverse: Any) -> None:
         """What the norms decide."""
         main = self.leaves[0].device
-        norms = torch.stack([norm.to(main) for norm in self._norms])
-        norm = _norm(norms, knobs.norm_type) * inverse
-        if knobs.scope is not None:
-            assert knobs.clip is not None and knobs.clip.factor is not None
-            max_norm, eps, _ = knobs.clip_numbers
-            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms * inverse, max_norm, eps) * inverse
-            self._factors = list(factors.expand(len(norms)).unbind())
+        moved = [norm.to(main) for norm in self._norms]
+        if knobs.scope == "unit":
+            norm = joined_norm(moved)
+            self._factors = [self._of_elements(i, knobs) for i in range(len(self.leaves))]
+        else:
+            norms = torch.stack(moved)
+            norm = _norm(norms, knobs.norm_type) * inverse
         finite, found = torch.isfinite(norm), self._skip
         if knobs.nonfinite == "raise" and not bool(finite if found is None else finite | found):  # to raise is to wait
             raise FloatingPointError(
                 f"the gradients hold an inf or NaN (their norm is {float(norm)}), and nonfinite='raise'; "
                 "nothing was changed"
             )
+        if knobs.scope in ("global", "tensor"):
+            assert knobs.clip is not None
+            max_norm: Any
+            max_norm, eps, _ = knobs.clip_numbers
+            if knobs.clip.threshold is not None:
+                threshold = knobs.clip.threshold(knobs.records.on(main), norm, eps, knobs.advance)
+                knobs.records.share([main])
+                max_norm = torch.clamp(threshold, max=max_norm)
+            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms * inverse, max_norm, eps) * inverse
+            self._factors = list(factors.expand(len(norms)).unbind())
         if knobs.grad_norm is not None:
             knobs.grad_norm.copy_(norm)
         if knobs.nonfinite == "skip":
             self._skip = ~finite if found is None else ~finite | found
+
+    def _of_elements(self, i: int, knobs: Knobs) -> Tensor:
+        """The factor of every element of a leaf, by its unit."""
+        leaf = self.leaves[i]
+        grid = unit_grid(leaf)
+        factors = unit_factor(self._norms[i], self._weights[i], *knobs.records.on(leaf.device).unbind())
+        return factors.to(torch.promote_types(leaf.dtype, torch.float32)).view(1, -1, 1).expand(grid).reshape(-1)
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         limit = knobs.clip_numbers[2]
@@ -103,10 +131,20 @@ class DeviceExecutor(Executor):
             step = leaf.step + 1
             values = knobs.scalars[leaf.group].items()
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
+            for s in knobs.schedules[leaf.group]:
+                held = getattr(s.live, "device_value", None)
+                if held is not None and s.name in scalars and not s.overridden():
+                    # The value is a multiple of what the device holds, or does not depend on it.
+                    none, one = s.at(knobs.t, 0.0), s.at(knobs.t, 1.0)
+                    scalars[s.name] = none + (one - none) * held.to(leaf.device, non_blocking=True)
             h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
             factor = 1.0 if self._factors is None else self._factors[i]
             factor = factor.to(leaf.device) if isinstance(factor, Tensor) else factor
-            new = reference_update(rule, p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group])
+            given = p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group]
+            if rule.trust is not None:
+                norms = [_norm(x, 2.0) for x in trust_terms(rule.trust, *given)]
+                given = (*given[:3], h._replace(trust=rule.trust.ratio(*norms, h)), *given[4:])
+            new = reference_update(rule, *given)
             numbers = (step, *h[: len(leaf.carried)])
             for old, value in zip((leaf.step, *leaf.carried, p, *leaf.slots), (*numbers, *new), strict=True):
                 if self._skip is not None:

@@ -8,21 +8,23 @@ the cache. Gradients are never written.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..clipping.adaptive import unit_factor
 from ..gather import in_order
-from ..rule import Rule
+from ..rule import Rule, Trust
 from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
 from .batches import ROUND, Batch, Call, Round, calls_of, pieces, wide
 from .norms import combine, euclidean, piece_sum, row_norms
+from .units import joined_norm, unit_grid, unit_norms
 
-__all__ = ["HostExecutor", "reference_update"]
+__all__ = ["HostExecutor", "reference_update", "trust_terms"]
 
 # Elements that a reference rule treats at once: its temporaries stay in the cache.
 RULE_CHUNK = 1 << 16
@@ -33,17 +35,46 @@ _LEAST_FOLDED = 1e-12
 _NOTHING: tuple[Batch | None, Tensor] = (None, torch.empty(0))
 
 
-def reference_update(
-    rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
-) -> tuple[Tensor, ...]:
-    """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
+def _inputs(
+    p: Tensor, g: Tensor, slots: Sequence[Tensor], factor: Any, limit: float, maximize: bool
+) -> list[Tensor]:
+    """What a reference rule is given: (p, g, *slots) in float32 (float64 for float64), g after the clip."""
     dtype = wide(p.dtype)
     g = g.to(dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
         g = g * factor
     if limit != math.inf:
         g = g.clamp(-limit, limit)
-    return rule.update(p.to(dtype), -g if maximize else g, *[slot.to(dtype) for slot in slots], h)
+    return [p.to(dtype), -g if maximize else g, *[slot.to(dtype) for slot in slots]]
+
+
+def reference_update(
+    rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
+) -> tuple[Tensor, ...]:
+    """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
+    return rule.update(*_inputs(p, g, slots, factor, limit, maximize), h)
+
+
+def trust_terms(
+    trust: Trust, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
+) -> tuple[Tensor, Tensor]:
+    """What the trust ratio takes the norms of: the parameter and its direction, with the clip before it."""
+    p, *rest = _inputs(p, g, slots[: len(trust.slots)], factor, limit, maximize)
+    return p, trust.direction(p, *rest, h)
+
+
+def _trusted(
+    rule: Rule, parts: Iterable[Sequence[Tensor]], h: Any, factor: float, limit: float, maximize: bool
+) -> Any:
+    """The row of a tensor, given in parts (p, g, *slots), with its trust ratio where its rule has one."""
+    if rule.trust is None:
+        return h
+    pairs = [
+        [piece_sum(x, 2.0) for x in trust_terms(rule.trust, p, g, slots, h, factor, limit, maximize)]
+        for p, g, *slots in parts
+    ]
+    norms = (combine(own, 2.0) for own in zip(*pairs, strict=True))
+    return h._replace(trust=rule.trust.ratio(*norms, h))
 
 
 class HostExecutor(Executor):
@@ -61,6 +92,7 @@ class HostExecutor(Executor):
         self._gathered = False  # whether batches hold the gradients of this step
         self._current = _NOTHING  # the batch at work and its gradient
         self._factors: list[float] | None = None
+        self._units: dict[int, Tensor] = {}  # by leaf: (gradient, weight) norms of its units, then their factors
         self._skip = False
 
     def prepare(self, rules: list[Rule]) -> None:
@@ -101,7 +133,16 @@ class HostExecutor(Executor):
         self._gathered = False
         self._norm = None
         p = knobs.norm_type
-        if knobs.scope == "tensor":
+        if knobs.scope == "unit":
+            self._units = {}
+            for batch in self._batches:
+                g = self._gradient(batch, grads)
+                for i, leaf, (start, n) in zip(batch.positions, batch.leaves, batch.spans, strict=True):
+                    w = leaf.flat if leaf.flat is not None else in_order(leaf.param.detach(), leaf)
+                    grid = unit_grid(leaf)
+                    self._units[i] = torch.stack([unit_norms(g[start : start + n], grid), unit_norms(w, grid)])
+            self._norm = joined_norm([norms[0] for norms in self._units.values()]).item()
+        elif knobs.scope == "tensor":
             self._pairs = [[] for _ in self.leaves]
             for batch in self._batches:
                 g = self._gradient(batch, grads)
@@ -137,15 +178,32 @@ class HostExecutor(Executor):
                     f"the gradients hold an inf or NaN (norm {norm}), and nonfinite='raise'; nothing was changed"
                 )
             self._skip = True
+        elif knobs.scope == "unit":
+            self._set_unit_factors(knobs)
         elif knobs.scope is not None:
-            assert knobs.clip is not None and knobs.clip.factor is not None
+            assert knobs.clip is not None
             max_norm, eps, _ = knobs.clip_numbers
+            if knobs.clip.threshold is not None:
+                record = knobs.records.on(self.leaves[0].device)
+                threshold = knobs.clip.threshold(record, record.new_tensor(norm), eps, knobs.advance)
+                max_norm = min(max_norm, threshold.item())
             norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) * inverse for p in self._pairs]
             self._factors = [knobs.clip.factor(n, max_norm, eps) * inverse for n in norms]
         if knobs.grad_norm is not None:
-            knobs.grad_norm.fill_(norm)
+            # fill_ refuses what float32 does not have, and a norm of float64 gradients may be beyond it.
+            knobs.grad_norm.copy_(torch.tensor(norm, dtype=torch.float64))
         self._count(knobs, self._skip)
         return self._skip
+
+    def _set_unit_factors(self, knobs: Knobs) -> None:
+        """The factors of the units of leaves that have some other than 1, in the dtype of the arithmetic."""
+        settings = knobs.records.on(self.leaves[0].device).unbind()
+        factors = {i: unit_factor(*norms.unbind(), *settings) for i, norms in self._units.items()}
+        self._units = {
+            i: f.to(torch.promote_types(self.leaves[i].dtype, torch.float32))
+            for i, f in factors.items()
+            if (f != 1).any()
+        }
 
     def _count(self, knobs: Knobs, skipped: bool) -> None:
         if knobs.may_skip:
@@ -186,13 +244,26 @@ class HostExecutor(Executor):
         return self._factors[0 if len(self._factors) == 1 else batch.positions[0]]
 
     def _scaled(self, batch: Batch, g: Tensor) -> Tensor:
-        """Gathered gradients with each tensor by its own factor."""
+        """The gradients with each unit by its factor, and gathered ones with each tensor by its own."""
+        if self._units:
+            return self._scaled_by_units(batch, g)
         if self._factors is None or len(self._factors) == 1 or len(batch.leaves) == 1:
             return g
         # The scratch may be scaled in place, but 16-bit gradients in float32, or they would be rounded once more.
         g = g.float() if g.dtype in (torch.bfloat16, torch.float16) else g
         for i, (start, numel) in zip(batch.positions, batch.spans, strict=True):
             g[start : start + numel].mul_(self._factors[i])
+        return g
+
+    def _scaled_by_units(self, batch: Batch, g: Tensor) -> Tensor:
+        if self._units.keys().isdisjoint(batch.positions):
+            return g
+        narrow = g.dtype in (torch.bfloat16, torch.float16)
+        # As above; and what is not gathered is the gradient itself.
+        g = g.float() if narrow else g.clone() if len(batch.leaves) == 1 else g
+        for i, leaf, (start, numel) in zip(batch.positions, batch.leaves, batch.spans, strict=True):
+            if i in self._units:
+                g[start : start + numel].view(unit_grid(leaf)).mul_(self._units[i].view(1, -1, 1))
         return g
 
     def _by_operator(
@@ -208,7 +279,8 @@ class HostExecutor(Executor):
             for treated in call.rounds(call.converts, self._scratch_of(call.leaf.dtype)):
                 self._treat(call, treated, grads, folded, knobs, limit, folded=True)
             return
-        clipped = limit != math.inf or (self._factors is not None and any(f != 1.0 for f in self._factors))
+        scaled = self._units or (self._factors is not None and any(f != 1.0 for f in self._factors))
+        clipped = limit != math.inf or bool(scaled)
         for treated in call.rounds(clipped or call.converts, self._scratch_of(call.leaf.dtype)):
             self._treat(call, treated, grads, scalars, knobs, limit)
 
@@ -254,12 +326,18 @@ class HostExecutor(Executor):
                 continue
             if call.has_operator:
                 continue
-            g = self._scaled(batch, self._gradient(batch, grads))
+            arrays = (batch.param, self._scaled(batch, self._gradient(batch, grads)), *batch.slots)
             factor = self._factor(batch) if len(batch.leaves) == 1 or len(self._factors or ()) == 1 else 1.0
-            for p, part, *slots in zip(*(pieces(x, RULE_CHUNK) for x in (batch.param, g, *batch.slots)), strict=True):
-                new = reference_update(call.rule, p, part, slots, h, factor, limit, maximize)
-                for old, value in zip((p, *slots), new, strict=True):
-                    old.copy_(value)
+            # A trust ratio is a tensor's own; without one, a batch is treated as one tensor.
+            alone = call.rule.trust is None or len(batch.leaves) == 1
+            tensors = [arrays] if alone else [[x[a : a + n] for x in arrays] for a, n in batch.spans]
+            for tensor in tensors:
+                parts = list(zip(*(pieces(x, RULE_CHUNK) for x in tensor), strict=True))
+                row = _trusted(call.rule, parts, h, factor, limit, maximize)
+                for p, part, *slots in parts:
+                    new = reference_update(call.rule, p, part, slots, row, factor, limit, maximize)
+                    for old, value in zip((p, *slots), new, strict=True):
+                        old.copy_(value)
 
     def _in_a_copy(
         self, rule: Rule, batch: Batch, grads: Sequence[Tensor], h: Any, knobs: Knobs
@@ -267,8 +345,11 @@ class HostExecutor(Executor):
         """Step a parameter whose strides leave gaps: by the reference rule, through a dense copy."""
         (leaf,) = batch.leaves
         p = in_order(leaf.param.detach(), leaf)
-        g, factor, limit = self._gradient(batch, grads), self._factor(batch), knobs.clip_numbers[2]
-        new = reference_update(rule, p, g, batch.slots, h, factor, limit, knobs.maximize[leaf.group])
+        g = self._scaled(batch, self._gradient(batch, grads))
+        factor, limit = self._factor(batch), knobs.clip_numbers[2]
+        maximize = knobs.maximize[leaf.group]
+        h = _trusted(rule, [(p, g, *batch.slots)], h, factor, limit, maximize)
+        new = reference_update(rule, p, g, batch.slots, h, factor, limit, maximize)
         for old, value in zip((p, *batch.slots), new, strict=True):
             old.copy_(value)
         leaf.param.copy_(p.as_strided(leaf.shape, leaf.strides))

@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
     Within a row, ``u = (t - start)//stride`` and, for the ramps, ``n = u + offset``, ``p = clamp(n/length, 0, 1)`` and
     ``q = clamp((length - n)/length, 0, 1)``. ``start`` and ``stride`` are whole; ``offset`` and ``length`` may be
-    fractional, and ``length`` is infinite where a formula has none. ``a``, ``b`` and ``p0`` to ``p2`` mean what the
+    fractional, and ``length`` is infinite where a formula has none; that of a LIVE row says how long its number moves. ``a``, ``b`` and ``p0`` to ``p2`` mean what the
     kind's formula says. ``values`` holds the numbers of a TABLE or LIVE row, beginning at index ``p2``.
     """
 
