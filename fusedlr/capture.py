@@ -50,6 +50,11 @@ def check_captured(optimizer: FusedOptimizer, plan: Plan) -> None:
             "a step with nonfinite='raise' looks at the device in the middle, which a CUDA graph cannot; "
             "use nonfinite='skip' and watch skipped_steps"
         )
+    if len(plan.executors) > 1:
+        raise CaptureError(
+            "some parameters lie on the CPU, where the captured step would be taken at once and no replay would ever "
+            "take it; give these parameters an optimizer of their own"
+        )
     if any(isinstance(s.live, Timed) for scheduled in optimizer._schedules for s in scheduled):
         raise CaptureError(
             "a TimeDecay does not move in a CUDA graph: its time is the host's, which takes no part in a replay; "

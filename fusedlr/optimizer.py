@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
@@ -271,7 +271,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: for a gradient that does not fit its parameter; nothing has changed then.
             FloatingPointError: with ``nonfinite="raise"``, for an inf or NaN; nothing has changed then.
         """
-        if is_compiling():  # never true but where torch.compile traces this, whose graph ends here
+        if is_dynamo_compiling():  # never true but where torch.compile traces this, whose graph ends here
             return _step_outside_graphs(self, closure)
         if (
             self._optimizer_step_pre_hooks
@@ -304,7 +304,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan, grads, banks = self._gather()
         if not grads:
             return
-        capture.follow(self)
+        if self._captured:
+            capture.follow(self)
         captures = False
         for executor in plan.executors:
             arrived = None if self._captured else executor.arrived_clock()

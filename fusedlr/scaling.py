@@ -33,7 +33,9 @@ class GradScale(NamedTuple):
 
     def on_host(self) -> tuple[float, bool]:
         """(what the gradients are multiplied by, whether the step is left out); waits for tensors of a device."""
-        return 1.0 / (float(self.divisor) * float(self.scale)), float(self.found_inf) != 0.0
+        product = float(self.divisor) * float(self.scale)
+        # A loss scale that was halved too often is 0; a tensor divides by it too.
+        return 1.0 / product if product else math.inf, float(self.found_inf) != 0.0
 
     def on_device(self, device: torch.device) -> tuple[Any, Tensor | None]:
         """The same without a wait: what is a tensor stays one; None where no step is left out."""
@@ -42,16 +44,17 @@ class GradScale(NamedTuple):
         return 1.0 / (divisor * scale), found_inf != 0.0 if isinstance(found_inf, Tensor) else None
 
 
-UNSCALED = GradScale(1.0, 1.0, 0.0)
+_ONE = 1.0
+UNSCALED = GradScale(_ONE, 1.0, 0.0)
 
 
 def scale_of(optimizer: FusedOptimizer) -> GradScale:
     """The scale of the next step, from ``grad_divisor`` and from what ``GradScaler`` set on the optimizer."""
-    own = vars(optimizer)
     # GradScaler multiplies by the attribute that is there: a default of the class would be in its way.
-    divisor, scale, found_inf = own["_grad_divisor"], own.get("grad_scale"), own.get("found_inf")
-    if scale is None and found_inf is None and divisor is UNSCALED.divisor:
+    own, divisor = optimizer.__dict__, optimizer._grad_divisor
+    if divisor is _ONE and "found_inf" not in own and "grad_scale" not in own:
         return UNSCALED
+    scale, found_inf = own.get("grad_scale"), own.get("found_inf")
     if optimizer.clip is not None and optimizer.clip.scope == "unit":
         raise ValueError(
             f"clip={optimizer.clip!r} compares the norms of weights with those of undivided gradients: it goes with "

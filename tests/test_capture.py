@@ -13,6 +13,8 @@ import fusedlr
 from fusedlr import capture, schedules
 from fusedlr import optimizer as core
 from fusedlr.backends.device import DeviceExecutor
+from fusedlr.backends.torch import HostExecutor
+from fusedlr.backends.triton import TritonExecutor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_graphs.py captures real graphs")
 COSINE = schedules.Cosine(10, min_lr=0.0)
@@ -34,6 +36,7 @@ class Graph:
 def graph(monkeypatch: pytest.MonkeyPatch) -> Graph:
     graph = Graph()
     monkeypatch.setattr(capture, "capturing", lambda device: graph.on)
+    monkeypatch.setattr(TritonExecutor, "captures", lambda executor: graph.on)
     return graph
 
 
@@ -91,6 +94,17 @@ def test_a_parameter_that_no_replay_would_step_is_an_error(graph: Graph) -> None
     params[1].requires_grad_(False)  # a frozen one may be left out
     with graph:
         optimizer.step()
+
+
+def test_parameters_on_the_cpu_would_be_stepped_once_only(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = make(clip=None)
+    apart = lambda backend, leaves: [DeviceExecutor(leaves[:1], [0]), HostExecutor(leaves[1:], [1])]  # noqa: E731
+    monkeypatch.setattr(core, "executors_for", apart)
+    optimizer.step()
+    before = snapshot(optimizer)
+    with graph, pytest.raises(RuntimeError, match=r"on the CPU.*no replay.*optimizer of their own"):
+        optimizer.step()
+    assert all(map(torch.equal, snapshot(optimizer), before)) and params[1].grad is not None
 
 
 def test_raise_cannot_be_captured(graph: Graph) -> None:

@@ -216,6 +216,20 @@ def test_the_scalars_are_sent_when_somebody_writes_one(watch: Watch) -> None:
     assert watch.sent == []
 
 
+def test_a_divisor_of_the_gradients_costs_no_launch_and_one_table(watch: Watch) -> None:
+    optimizer = adamw(parameters(3, 5), lr=0.1, clip=1.0)
+    optimizer.step()
+    watch.clear()
+    optimizer.grad_divisor = 4
+    optimizer.step()
+    (scalars,) = watch.sent
+    assert scalars[-3:].tolist() == [4.0, 1.0, 0.0]
+    assert watch.launches == {"measure": 1, "decide": 1, "apply": 1}
+    watch.clear()
+    optimizer.step()
+    assert watch.sent == []
+
+
 def test_an_outside_write_against_a_schedule_is_sent_once(watch: Watch) -> None:
     optimizer = adamw(parameters(3), lr=0.1, schedule=schedules.Cosine(10, min_lr=0.0))
     optimizer.step()

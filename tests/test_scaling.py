@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -346,6 +347,18 @@ def test_the_ordinary_way_steps_as_torch_does(bad: float | None, backend: str) -
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=5e-6, atol=5e-6)
     assert pair[0].steps_taken == (3 if bad is None else 2)
+
+
+def test_a_loss_scale_that_vanished_is_no_crash(backend: str) -> None:
+    params = make_params()
+    optimizer = MAKERS["adamw"](params, backend=backend, nonfinite="skip", clip=1.0)
+    before = [p.detach().clone() for p in params]
+    give(params, 0)
+    optimizer.grad_scale = torch.tensor(0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, in the interpreter
+        optimizer.step()
+    assert int(optimizer.skipped_steps) == 1 and all(map(torch.equal, params, before))
 
 
 def test_attributes_that_are_set_by_hand_are_honoured(backend: str) -> None:

@@ -70,6 +70,7 @@ class TritonExecutor(Executor):
         self._n_partials = 0
         self._units: list[UnitTables] = []  # of the buckets, once their units are measured
         self._mode = 0
+        self._capturable: torch.device | None = None  # what a CUDA graph may be captured on
         self._mirror = _ClockMirror()
         self._barrier: Tensor | None = None  # of the whole step in one launch; None where it takes three
 
@@ -89,6 +90,7 @@ class TritonExecutor(Executor):
             for device in dict.fromkeys(bucket.device for bucket in self._buckets)
         }
         self._barrier = self._barrier_if_asked()
+        self._capturable = next((device for device in self._partials if device.type == "cuda"), None)
 
     def _barrier_if_asked(self) -> Tensor | None:
         """``FUSEDLR_ONE_LAUNCH=1`` asks for one launch a step, where one bucket is all there is."""
@@ -277,7 +279,7 @@ class TritonExecutor(Executor):
         return False
 
     def captures(self) -> bool:
-        return any(map(capture.capturing, self._partials))
+        return self._capturable is not None and capture.capturing(self._capturable)
 
     def hand_over(self) -> list[Any]:
         tables = [table for bucket in self._buckets for table in bucket.hand_over()]
