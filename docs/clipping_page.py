@@ -52,8 +52,7 @@ def _property(name: str) -> str:
 def _peers() -> str:
     parts = []
     for library, peers in CLIP_PEERS.items():
-        known = [peer for peer in peers if hasattr(clipping, peer.ours.partition("(")[0])]
-        rows = [f"| `{peer.theirs}` | `{peer.ours}` | {peer.note} |" for peer in known]
+        rows = [f"| `{peer.theirs}` | `{peer.ours}` | {peer.note} |" for peer in peers]
         parts += [f"### {library}", "\n".join(["| theirs | ours | |", "|---|---|---|", *rows])]
     return "\n\n".join(parts)
 

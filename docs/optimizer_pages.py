@@ -81,9 +81,9 @@ def variants(cls: type[FusedOptimizer]) -> list[Variant]:
 
 def traffic(rule: Rule, clipped: bool) -> int:
     """Bytes that a step moves for each float32 parameter."""
-    trust = getattr(rule, "trust", None)  # norms of parameter and direction, before the update
-    measured = 4 * clipped + (4 * (2 + len(trust.slots)) if trust is not None else 0)
-    return measured + 4 + 8 * (1 + len(rule.slots))
+    # For a trust ratio parameter, gradient and state are read once more, for the norms.
+    trust = 4 * (2 + len(rule.trust.slots)) if rule.trust is not None else 0
+    return 4 * clipped + trust + 4 + 8 * (1 + len(rule.slots))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -97,9 +97,30 @@ class LAMB(FusedOptimizer):
     where :math:`c` is the clip factor, :math:`\eta_t` the scheduled learning rate, :math:`k` the count of the tensor's
     own steps and :math:`\lVert\cdot\rVert` a tensor's Euclidean norm; the ratio is 1 where either norm is 0.
 
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        grad_weight = 1 - beta1 if grad_averaging else 1
+        one_minus_beta2 = 1 - beta2
+        bias_correction1 = 1 - beta1**step if bias_correction else 1
+        bias_correction2_sqrt = sqrt(1 - beta2**step) if bias_correction else 1
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        exp_avg = beta1*exp_avg + grad_weight*g
+        exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*g*g
+        u = exp_avg / (bias_correction1 * (sqrt(exp_avg_sq)/bias_correction2_sqrt + eps))
+        if weight_decay != 0:
+            u = u + weight_decay*p
+        # once a tensor, in float64
+        trust = norm(p) / norm(u) if norm(p) != 0 and norm(u) != 0 else 1
+        if trust_clip:
+            trust = min(trust, 1)
+        # each element, in float32
+        p = p - lr*trust*u
+
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         betas: decay rates of the two running averages, each in [0, 1).
         eps: added to the root; at least 0.
         weight_decay: decay :math:`\lambda`, within the trust ratio; at least 0.
@@ -121,12 +142,19 @@ class LAMB(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, in the words of torch.optim, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    After You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (2020), algorithm 2,
-    with :math:`\phi(z) = z`; torch.optim has no such class. The state is ``exp_avg`` (:math:`m`) and ``exp_avg_sq``
-    (:math:`v`). As in the paper every tensor is adapted, also without weight decay; apex's FusedLAMB (but for
-    ``use_nvlamb``) and timm's Lamb (but for ``always_adapt``) leave tensors without weight decay at ratio 1. Their
-    ``max_grad_norm`` is ``clip`` here, and is not set by default. A NaN in a gradient makes the whole tensor NaN.
+    Differs from torch:
+        - torch.optim has no such class; arguments that are torch's elsewhere mean the same here.
+        - As in the paper every tensor is adapted, also without weight decay; apex's FusedLAMB (but for ``use_nvlamb``)
+          and timm's Lamb (but for ``always_adapt``) leave tensors without weight decay at ratio 1. Their
+          ``max_grad_norm`` is ``clip`` here, and is not set by default.
+        - A NaN in a gradient makes the whole tensor NaN.
+
+    Source:
+        You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes" (2020), algorithm 2, with
+        :math:`\phi(z) = z`.
 
     Example:
         >>> import torch, fusedlr

@@ -93,9 +93,28 @@ class LARS(FusedOptimizer):
     where :math:`c` is the clip factor, :math:`\eta_t` the scheduled learning rate and :math:`\lVert\cdot\rVert` a
     tensor's Euclidean norm; the ratio is 1 where either norm is 0.
 
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        one_minus_dampening = 1 - dampening
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        # once a tensor, in float64
+        trust = 1
+        if norm(p) != 0 and norm(g) != 0:
+            trust = trust_coefficient*norm(p) / (norm(g) + weight_decay*norm(p) + eps)
+        # each element, in float32
+        if weight_decay != 0:
+            g = g + weight_decay*p
+        g = trust*g
+        if momentum != 0:
+            momentum_buffer = g if step == 1 else momentum*momentum_buffer + one_minus_dampening*g
+            g = g + momentum*momentum_buffer if nesterov else momentum_buffer
+        p = p - lr*g
+
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         momentum: momentum factor :math:`\mu`; at least 0.
         weight_decay: L2 penalty :math:`\lambda`; at least 0.
         trust_coefficient: :math:`\kappa`, how far a tensor moves at lr 1, as a part of its norm; at least 0.
@@ -116,12 +135,19 @@ class LARS(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, in the words of torch.optim, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    After You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" (2017), algorithm 1; torch.optim
-    has no such class. Where the paper multiplies by the lr before the momentum, the buffer (``momentum_buffer``) holds
-    no lr here, as in torch.optim.SGD, timm and torchlars: the same at a constant lr. Every tensor is adapted; timm's
-    Lars (but for ``always_adapt``) leaves tensors without weight decay at ratio 1. A NaN in a gradient makes the whole
-    tensor NaN.
+    Differs from torch:
+        - torch.optim has no such class; arguments that are torch's elsewhere mean the same here.
+        - Where the paper multiplies by the lr before the momentum, the buffer holds no lr here, as in torch.optim.SGD,
+          timm and torchlars: the same at a constant lr.
+        - Every tensor is adapted; timm's Lars (but for ``always_adapt``) leaves tensors without weight decay at ratio
+          1.
+        - A NaN in a gradient makes the whole tensor NaN.
+
+    Source:
+        You, Gitman and Ginsburg, "Large Batch Training of Convolutional Networks" (2017), algorithm 1.
 
     Example:
         >>> import torch, fusedlr
