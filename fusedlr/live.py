@@ -110,6 +110,8 @@ class Metered(Live):
         if not self.state:
             worst = math.inf if schedule.mode == "min" else -math.inf
             self.state.update(best=worst, bad=0.0, cooldown=0.0, value=initial)
+        if not isinstance(self.state["value"], Tensor):
+            self._known = self.state["value"]  # until something arrives from the device
         for name, number in self.state.items():
             if not isinstance(number, Tensor) or number.device != device:
                 # Filled on the device: a copy from ordinary memory would wait for it.

@@ -244,7 +244,8 @@ def test_no_wait_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedlr.live import Metered
 
     monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
-    monkeypatch.setattr(Metered, "device_value", property(lambda self: self.state.get("value")))
+    held = property(lambda self: value if isinstance(value := self.state.get("value"), torch.Tensor) else None)
+    monkeypatch.setattr(Metered, "device_value", held)
     optimizer = fusedlr.SGD(groups(), lr=1.0, schedule=s.Warmup(2).then(s.Plateau(factor=0.5, patience=0)))
     used = []
     for _ in range(5):
@@ -257,6 +258,15 @@ def test_no_wait_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     # The host never learns here what the device holds; the parameters move by it all the same.
     assert used == [pytest.approx([f * lr for lr in LRS]) for f in (0.5, 1.0, 1.0, 0.5, 0.25)]
     assert optimizer.last_lr == list(LRS)
+    # A checkpoint has it from the device, and what the host knows by then it does not forget.
+    optimizer.load_state_dict(optimizer.state_dict())
+    expected = [pytest.approx(0.125 * lr) for lr in LRS]
+    assert optimizer.next_lr() == expected
+    assert step(optimizer) == expected
+    with NoWait():
+        optimizer.report(1.0)
+        assert optimizer.next_lr() == expected
+    assert step(optimizer) == [pytest.approx(0.0625 * lr) for lr in LRS]
 
 
 def test_errors(seed: int) -> None:
