@@ -309,3 +309,38 @@ def test_as_with_torch_checkpoints(seed: int) -> None:
     optimizer.report(1.0)
     assert optimizer.next_lr() == [0.05]
     theirs.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_reports_between_the_replays_of_a_graph(nonfinite: str) -> None:
+    p = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+    p.grad = torch.ones_like(p)
+    schedule = s.Warmup(4).then(s.Plateau(factor=0.5, patience=0))
+    optimizer = fusedlr.SGD([p], lr=0.8, schedule=schedule, nonfinite=nonfinite, backend="triton")
+    metric = torch.ones((), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        optimizer.report(metric)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    used = []
+    for _ in range(6):
+        before = float(p.detach()[0])
+        graph.replay()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.report(metric)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        used.append(before - float(p.detach()[0]))
+    # Reports count from t = 4 on; the first is the best.
+    assert used == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.4, 0.2], rel=1e-5)
+    assert optimizer.state_dict()["param_groups"][0]["fusedlr"]["live"]["lr"]["value"] == pytest.approx(0.1)
