@@ -110,6 +110,8 @@ class Metered(Live):
         if not self.state:
             worst = math.inf if schedule.mode == "min" else -math.inf
             self.state.update(best=worst, bad=0.0, cooldown=0.0, value=initial)
+        if not isinstance(self.state["value"], Tensor):
+            self._known = self.state["value"]  # until something arrives from the device
         for name, number in self.state.items():
             if not isinstance(number, Tensor) or number.device != device:
                 # Filled on the device: a copy from ordinary memory would wait for it.
@@ -117,14 +119,14 @@ class Metered(Live):
         best, bad, cooldown, value = (self.state[name] for name in ("best", "bad", "cooldown", "value"))
         better = self._is_better(metric, best)
         cooling = cooldown > 0
-        bad_now = torch.where(better | cooling, 0.0, bad + 1)
+        bad_now = (bad + 1).masked_fill(better | cooling, 0.0)
         cooldown_now = cooldown - cooling.double()
         reduce = bad_now > schedule.patience
         lowered = (value * schedule.factor).clamp(min=self.lowest)
         new = {
             "best": torch.where(better, metric, best),
-            "bad": torch.where(reduce, 0.0, bad_now),
-            "cooldown": torch.where(reduce, float(schedule.cooldown), cooldown_now),
+            "bad": bad_now.masked_fill(reduce, 0.0),
+            "cooldown": cooldown_now.masked_fill(reduce, float(schedule.cooldown)),
             "value": torch.where(reduce & (value - lowered > schedule.eps), lowered, value),
         }
         for name, number in new.items():
@@ -242,8 +244,9 @@ def report(optimizer: FusedOptimizer, metric: Any) -> None:
     device = optimizer._device()
     number = _on(metric, device)
     t: Any = optimizer._t
-    if optimizer._nonfinite == "skip" and device.type != "cpu":
-        t = optimizer._clock(device)[0]  # only the device knows which steps were skipped
+    on_triton = optimizer._backend.for_device(device.type) == "triton"
+    if device.type != "cpu" and (on_triton or optimizer._nonfinite == "skip"):
+        t = optimizer._clock(device)[0]  # only the device knows which steps were skipped, or replayed from a graph
     for s, live in metered:
         first, last = window(s.rows)
         counts: Any = (t >= first) & (t <= last)

@@ -244,7 +244,8 @@ def test_no_wait_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedlr.live import Metered
 
     monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
-    monkeypatch.setattr(Metered, "device_value", property(lambda self: self.state.get("value")))
+    held = property(lambda self: value if isinstance(value := self.state.get("value"), torch.Tensor) else None)
+    monkeypatch.setattr(Metered, "device_value", held)
     optimizer = fusedlr.SGD(groups(), lr=1.0, schedule=s.Warmup(2).then(s.Plateau(factor=0.5, patience=0)))
     used = []
     for _ in range(5):
@@ -257,6 +258,15 @@ def test_no_wait_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     # The host never learns here what the device holds; the parameters move by it all the same.
     assert used == [pytest.approx([f * lr for lr in LRS]) for f in (0.5, 1.0, 1.0, 0.5, 0.25)]
     assert optimizer.last_lr == list(LRS)
+    # A checkpoint has it from the device, and what the host knows by then it does not forget.
+    optimizer.load_state_dict(optimizer.state_dict())
+    expected = [pytest.approx(0.125 * lr) for lr in LRS]
+    assert optimizer.next_lr() == expected
+    assert step(optimizer) == expected
+    with NoWait():
+        optimizer.report(1.0)
+        assert optimizer.next_lr() == expected
+    assert step(optimizer) == [pytest.approx(0.0625 * lr) for lr in LRS]
 
 
 def test_errors(seed: int) -> None:
@@ -299,3 +309,38 @@ def test_as_with_torch_checkpoints(seed: int) -> None:
     optimizer.report(1.0)
     assert optimizer.next_lr() == [0.05]
     theirs.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_reports_between_the_replays_of_a_graph(nonfinite: str) -> None:
+    p = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+    p.grad = torch.ones_like(p)
+    schedule = s.Warmup(4).then(s.Plateau(factor=0.5, patience=0))
+    optimizer = fusedlr.SGD([p], lr=0.8, schedule=schedule, nonfinite=nonfinite, backend="triton")
+    metric = torch.ones((), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        optimizer.report(metric)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    used = []
+    for _ in range(6):
+        before = float(p.detach()[0])
+        graph.replay()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.report(metric)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        used.append(before - float(p.detach()[0]))
+    # Reports count from t = 4 on; the first is the best.
+    assert used == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.4, 0.2], rel=1e-5)
+    assert optimizer.state_dict()["param_groups"][0]["fusedlr"]["live"]["lr"]["value"] == pytest.approx(0.1)
