@@ -254,11 +254,12 @@ def test_a_triton_step_never_waits(
 ) -> None:
     """Everything but the kernels themselves: those are launched, which is no wait."""
     pytest.importorskip("triton")
-    from fusedlr.kernels import launch
+    from fusedlr.kernels import launch, launch_trust
 
     launches = []
     for kernel in ("launch_measure", "launch_decide", "launch_trust", "launch_apply"):
-        monkeypatch.setattr(launch, kernel, lambda *args, _kernel=kernel, **kwargs: launches.append(_kernel))
+        module = launch_trust if kernel == "launch_trust" else launch
+        monkeypatch.setattr(module, kernel, lambda *args, _kernel=kernel, **kwargs: launches.append(_kernel))
     params = make_params()
     schedule = {"lr": schedules.Cosine(4, min_lr=0.0)} if scheduled else None
     optimizer = MAKERS[name](params, backend="triton", clip=clip, schedule=schedule)
