@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,6 @@ from test_twins import RULES
 
 pytest.importorskip("triton")
 from fusedlr.kernels import launch
-
-pytestmark = pytest.mark.xdist_group("aot")  # compiled once, by one process
 
 # The dtypes that are compiled. To a compiler fp16 is what bf16 is, and float64 is there to be right: once is enough.
 ARCHITECTURES = {"sm_80": "fp32,bf16", "sm_90": "fp32,bf16,fp16,fp64", "sm_100": "fp32,bf16", "gfx942": "fp32,bf16"}
@@ -29,31 +29,34 @@ Table = dict[str, dict[str, Any]]
 
 
 class Compiling:
-    """The compiler at work on all architectures side by side, in processes where Triton does not interpret."""
+    """The compiler at work on all architectures side by side, in processes where Triton does not interpret.
+
+    It is started once: processes that test side by side (``make test``) share the folder, and wait for whoever began.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.jobs: list[subprocess.Popen[bytes]] = []
+        self.printed: dict[str, str] = {}
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return
         environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        self.folder = folder
-        self.jobs = {
-            arch: subprocess.Popen(
-                [*COMMAND, "--arch", arch, "--dtypes", dtypes, "--out", str(folder / arch)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for arch, dtypes in ARCHITECTURES.items()
-        }
-        self.printed: dict[str, str] = {}
+        for arch, dtypes in ARCHITECTURES.items():
+            command = shlex.join([*COMMAND, "--arch", arch, "--dtypes", dtypes, "--out", str(folder / arch)])
+            done = f"{command} > {arch}.out 2> {arch}.err; echo $? > {arch}.status.new; mv {arch}.status.new {arch}.status"
+            self.jobs.append(subprocess.Popen(["sh", "-c", done], env=environment, cwd=folder))
 
     def table(self, arch: str) -> Table:
         """The report on one architecture, as soon as it is there."""
-        if arch not in self.printed:
-            job = self.jobs[arch]
-            out, err = job.communicate(timeout=500)
-            assert job.returncode == 0, err
-            self.printed[arch] = out
+        status, end = self.folder / f"{arch}.status", time.monotonic() + 900
+        while not status.exists():
+            assert time.monotonic() < end, f"{arch} is still being compiled"
+            time.sleep(0.2)
+        assert status.read_text() == "0\n", (self.folder / f"{arch}.err").read_text()
+        self.printed[arch] = (self.folder / f"{arch}.out").read_text()
         written = json.loads((self.folder / arch / "table.json").read_text())
         assert written["arch"] == arch
         return {kernel["name"]: kernel for kernel in written["kernels"]}
@@ -61,12 +64,11 @@ class Compiling:
 
 @pytest.fixture(scope="module")
 def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiling]:
-    work = Compiling(tmp_path_factory.mktemp("aot"))
+    own = tmp_path_factory.getbasetemp()
+    work = Compiling((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "aot")
     yield work
-    for job in work.jobs.values():
-        if job.poll() is None:
-            job.kill()
-        job.communicate()
+    for job in work.jobs:
+        job.wait()
 
 
 @pytest.fixture(params=ARCHITECTURES)
