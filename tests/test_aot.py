@@ -46,8 +46,8 @@ class Compiling:
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
         for arch, dtypes in ARCHITECTURES.items():
             command = shlex.join([*COMMAND, "--arch", arch, "--dtypes", dtypes, "--out", str(folder / arch)])
-            done = f"{command} > {arch}.out 2> {arch}.err; echo $? > {arch}.status.new; mv {arch}.status.new {arch}.status"
-            self.jobs.append(subprocess.Popen(["sh", "-c", done], env=environment, cwd=folder))
+            script = f"{command} > {arch}.out 2> {arch}.err; echo $? > {arch}.new; mv {arch}.new {arch}.status"
+            self.jobs.append(subprocess.Popen(["sh", "-c", script], env=environment, cwd=folder))
 
     def table(self, arch: str) -> Table:
         """The report on one architecture, as soon as it is there."""
