@@ -89,11 +89,11 @@ def measure_pieces(
     units = first + tl.arange(0, UNITS)
     out_ptr += tl.load(unit_ptr + PARTIAL) + piece * size + units
     for array in tl.static_range(2):
-        dtype: tl.constexpr = G if array == 0 else P
-        start_ptr = pointer(tl.load(segment_ptr + (GRAD if array == 0 else PARAM)), dtype) + start
+        start_ptr = pointer(tl.load(segment_ptr + (GRAD if array == 0 else PARAM)), G if array == 0 else P) + start
         norms = piece_norms(
-            start_ptr, first, unit_stride, size, fast_stride, fast_stop, slow_stride, slow_stop, dtype, UNITS, LANES
-        )
+            start_ptr, first, unit_stride, size, fast_stride, fast_stop, slow_stride, slow_stop,
+            G if array == 0 else P, UNITS, LANES,
+        )  # fmt: skip
         tl.store(out_ptr + array * weights_offset, norms, mask=units < size)
 
 
