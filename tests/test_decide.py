@@ -63,7 +63,8 @@ def test_bias_corrections_against_exact_arithmetic() -> None:
 
 
 SCALARS = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "alpha": 0.99,
-           "rho": 0.9, "lr_decay": 0.2, "momentum_decay": 4e-3, "dampening": 0.1, "nesterov": 1.0}  # fmt: skip
+           "rho": 0.9, "lr_decay": 0.2, "momentum_decay": 4e-3, "dampening": 0.1, "nesterov": 1.0,
+           "trust_coefficient": 0.02, "bias_correction": 1.0, "grad_averaging": 1.0, "trust_clip": 0.0}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
