@@ -313,29 +313,29 @@ class FusedOptimizer(torch.optim.Optimizer):
             captures = captures or executor.captures()
         if captures:
             capture.check_captured(self, plan)
-        advance = not checkpoint.is_hidden_step(self, banks)
-        if advance:
-            live.tick(self._schedules, self._t)
-        scalars, driven = self._scalars()
-        knobs = Knobs(
-            scalars=scalars,
-            maximize=[bool(group["maximize"]) for group in self.param_groups],
-            schedules=self._schedules,
-            max_norm_schedule=self._max_norm_schedule,
-            t=self._t,
-            clip=self._clip,
-            clip_numbers=self._clip_numbers(),
-            scale=scale,
-            nonfinite=self._nonfinite,
-            may_skip=self._may_skip,
-            advance=advance,
-            grad_norm=self.last_grad_norm,
-            clock=self._clock,
-            records=self._records,
-        )
         try:
+            advance = not checkpoint.is_hidden_step(self, banks)
+            if advance:
+                live.tick(self._schedules, self._t)
+            scalars, driven = self._scalars()
+            knobs = Knobs(
+                scalars=scalars,
+                maximize=[bool(group["maximize"]) for group in self.param_groups],
+                schedules=self._schedules,
+                max_norm_schedule=self._max_norm_schedule,
+                t=self._t,
+                clip=self._clip,
+                clip_numbers=self._clip_numbers(),
+                scale=scale,
+                nonfinite=self._nonfinite,
+                may_skip=self._may_skip,
+                advance=advance,
+                grad_norm=self.last_grad_norm,
+                clock=self._clock,
+                records=self._records,
+            )
             skipped = _run(plan, grads, knobs)
-        except (FloatingPointError, ValueError, capture.CaptureError):  # before anything was written
+        except (FloatingPointError, TypeError, ValueError, capture.CaptureError):  # before anything was written
             for bank in banks:
                 bank.move_out(self.state)
             self._plan = None
@@ -436,7 +436,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._max_norm_schedule is not None:
             max_norm = self._max_norm_schedule(self._t, max_norm)
         return max_norm, eps, limit
-
 
     def _show(self, scalars: list[dict[str, Any]], driven: list[tuple[Scheduled, float]]) -> None:
         for scheduled, value in driven:

@@ -383,3 +383,19 @@ def test_units_are_not_compared_with_multiples_of_their_gradients() -> None:
     with pytest.raises(ValueError, match=r"AGC.*grad_divisor"):
         optimizer.step()
     assert torch.equal(p.detach(), torch.ones(3, 2)) and not optimizer.state
+
+
+@pytest.mark.parametrize("clip", [fusedlr.clipping.ZClip(warmup_steps=1), fusedlr.clipping.AutoClip(50)], ids=repr)
+def test_a_step_that_a_scaler_leaves_out_changes_no_statistics(clip: Any, backend: str) -> None:
+    """Though its own gradients are finite: the inf may be another process's."""
+    params = make_params()
+    optimizer = fusedlr.AdamW(params, lr=0.1, clip=clip, backend=backend)
+    for i in range(2):
+        give(params, i)
+        optimizer.step()
+    before = optimizer.state_dict()["param_groups"][0]["fusedlr"]["clip_statistics"]
+    optimizer.found_inf = torch.ones((), device=params[0].device)
+    give(params, 2, times=3.0)
+    optimizer.step()
+    after = optimizer.state_dict()["param_groups"][0]["fusedlr"]["clip_statistics"]
+    assert after == before and len(after) > 2

@@ -196,3 +196,12 @@ def test_its_picture_is_over_time() -> None:
         assert list(axes.lines[0].get_ydata()) == [1 / (1 + t) for t in range(5)]  # type: ignore[union-attr, arg-type]
     finally:
         pyplot.close("all")
+
+
+def test_a_clock_that_fails_leaves_nothing_behind() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = fusedlr.AdamW([p], lr=0.1, schedule=s.TimeDecay(1.0, clock=lambda: float("nan")))
+    with pytest.raises(TypeError, match="must give finite seconds"):
+        optimizer.step()
+    assert not optimizer.state and optimizer.steps_taken == 0 and torch.equal(p.detach(), torch.ones(3))

@@ -20,6 +20,7 @@ from ..rule import Rule
 from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
+from .batches import wide
 from .torch import reference_update, trust_terms
 from .units import joined_norm, unit_grid, unit_norms
 
@@ -105,7 +106,8 @@ class DeviceExecutor(Executor):
             max_norm: Any
             max_norm, eps, _ = knobs.clip_numbers
             if knobs.clip.threshold is not None:
-                threshold = knobs.clip.threshold(knobs.records.on(main), norm, eps, knobs.advance)
+                keep = knobs.advance if found is None else ~found & knobs.advance
+                threshold = knobs.clip.threshold(knobs.records.on(main), norm, eps, keep)
                 knobs.records.share([main])
                 max_norm = torch.clamp(threshold, max=max_norm)
             factors = knobs.clip.factor(norm if knobs.scope == "global" else norms * inverse, max_norm, eps) * inverse
@@ -120,7 +122,7 @@ class DeviceExecutor(Executor):
         leaf = self.leaves[i]
         grid = unit_grid(leaf)
         factors = unit_factor(self._norms[i], self._weights[i], *knobs.records.on(leaf.device).unbind())
-        return factors.to(torch.promote_types(leaf.dtype, torch.float32)).view(1, -1, 1).expand(grid).reshape(-1)
+        return factors.to(wide(leaf.dtype)).view(1, -1, 1).expand(grid).reshape(-1)
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         limit = knobs.clip_numbers[2]

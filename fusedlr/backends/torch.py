@@ -178,16 +178,17 @@ class HostExecutor(Executor):
                     f"the gradients hold an inf or NaN (norm {norm}), and nonfinite='raise'; nothing was changed"
                 )
             self._skip = True
-        elif knobs.scope == "unit":
+        scope = None if self._skip else knobs.scope  # a step that is left out changes no statistics
+        if scope == "unit":
             self._set_unit_factors(knobs)
-        elif knobs.scope is not None:
+        elif scope is not None:
             assert knobs.clip is not None
             max_norm, eps, _ = knobs.clip_numbers
             if knobs.clip.threshold is not None:
                 record = knobs.records.on(self.leaves[0].device)
                 threshold = knobs.clip.threshold(record, record.new_tensor(norm), eps, knobs.advance)
                 max_norm = min(max_norm, threshold.item())
-            norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) * inverse for p in self._pairs]
+            norms = [norm] if scope == "global" else [combine(p, knobs.norm_type) * inverse for p in self._pairs]
             self._factors = [knobs.clip.factor(n, max_norm, eps) * inverse for n in norms]
         if knobs.grad_norm is not None:
             # fill_ refuses what float32 does not have, and a norm of float64 gradients may be beyond it.
@@ -200,7 +201,7 @@ class HostExecutor(Executor):
         settings = knobs.records.on(self.leaves[0].device).unbind()
         factors = {i: unit_factor(*norms.unbind(), *settings) for i, norms in self._units.items()}
         self._units = {
-            i: f.to(torch.promote_types(self.leaves[i].dtype, torch.float32))
+            i: f.to(wide(self.leaves[i].dtype))
             for i, f in factors.items()
             if (f != 1).any()
         }
