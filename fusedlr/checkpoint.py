@@ -152,8 +152,10 @@ def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:
     torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it. Without
     any schedule it cannot be told from a warm-up of the user's own that begins at 0, and nothing reads the clock.
     """
+    if optimizer._t or not banks:
+        return False
     lrs = [s for scheduled in optimizer._schedules for s in scheduled if s.name == "lr"]
-    if optimizer._t or not banks or not lrs or not all(s.overridden() for s in lrs):
+    if not lrs or not all(s.overridden() for s in lrs):
         return False
     values = [group["lr"] for group in optimizer.param_groups]
     return not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in values) and not any(values)

@@ -17,6 +17,7 @@ from ..rule import Rule
 from ..schedules.program import Kind, pack
 from ..state import Leaf
 from . import Knobs
+from .batches import wide
 
 __all__ = ["Bucket", "on", "waves"]
 
@@ -112,8 +113,7 @@ class Bucket:
         self._programs: tuple[Any, Any] = (None, None)
         self._cells: list[tuple[Tensor, Live, int]] = []  # of the table: what changes between steps, and its version
         fields = len(self.rule.hyper._fields)
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide, device=self.device)
+        self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide(self.dtype), device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=self.device)
         has_trust = self.rule.trust is not None
         self.trust = launch_trust.trust_partials(self.n_chunks, self.dtype, self.device) if has_trust else None

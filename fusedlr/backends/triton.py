@@ -300,29 +300,12 @@ class TritonExecutor(Executor):
                 if not knobs.measures:
                     self._step(knobs)
             elif bucket.n_chunks:
+                where = (bucket.n_chunks, segments, bucket.chunks, bucket.rows, bucket.skip, bucket.chunk_size)
                 choices = self._apply_choices(bucket, knobs)
                 with bucket.here:
                     if bucket.trust is not None:
-                        self._launch_trust.launch_trust(
-                            bucket.n_chunks,
-                            segments,
-                            bucket.chunks,
-                            bucket.rows,
-                            bucket.skip,
-                            bucket.chunk_size,
-                            bucket.trust,
-                            bucket.tensors,
-                            bucket.first_partial,
-                            **choices,
-                        )
-                    self._launch.launch_apply(
-                        bucket.n_chunks,
-                        segments,
-                        bucket.chunks,
-                        bucket.rows,
-                        bucket.skip,
-                        bucket.chunk_size,
-                        *((units.table, units.factors) if units is not None else ()),
-                        **choices,
-                    )
+                        own = (bucket.trust, bucket.tensors, bucket.first_partial)
+                        self._launch_trust.launch_trust(*where, *own, **choices)
+                    of_units = (units.table, units.factors) if units is not None else ()
+                    self._launch.launch_apply(*where, *of_units, **choices)
             bucket.put_back()

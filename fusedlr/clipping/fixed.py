@@ -69,9 +69,28 @@ def _norm_type(value: Any) -> float:
     return positive("norm_type", value, allow_inf=True)
 
 
+@dataclass(frozen=True)
+class _Threshold(Clip):
+    """A bound of a norm, of whatever the scope says; use GlobalNorm or TensorNorm."""
+
+    max_norm: float
+    norm_type: float = 2.0
+    eps: float = 1e-6
+    factor: ClassVar[Any] = staticmethod(clip_factor)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_norm", positive("max_norm", self.max_norm, allow_inf=True))
+        object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
+        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        return self.max_norm, self.eps, math.inf
+
+
 @final
 @dataclass(frozen=True)
-class GlobalNorm(Clip):
+class GlobalNorm(_Threshold):
     r"""Scale all gradients by one factor so that their joint norm is at most ``max_norm``.
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{M}{G + \epsilon}\right), \qquad
@@ -96,25 +115,12 @@ class GlobalNorm(Clip):
         GlobalNorm(max_norm=1.0, norm_type=2.0, eps=1e-06)
     """
 
-    max_norm: float
-    norm_type: float = 2.0
-    eps: float = 1e-6
     scope: ClassVar[str | None] = "global"
-    factor: ClassVar[Any] = staticmethod(clip_factor)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "max_norm", positive("max_norm", self.max_norm, allow_inf=True))
-        object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
-        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
-
-    @property
-    def numbers(self) -> tuple[float, float, float]:
-        return self.max_norm, self.eps, math.inf
 
 
 @final
 @dataclass(frozen=True)
-class TensorNorm(Clip):
+class TensorNorm(_Threshold):
     r"""Scale each tensor's gradient so that its own norm is at most ``max_norm``.
 
     .. math:: g \leftarrow g \cdot \min\left(1, \frac{M}{n + \epsilon}\right), \qquad
@@ -137,20 +143,7 @@ class TensorNorm(Clip):
         0.5
     """
 
-    max_norm: float
-    norm_type: float = 2.0
-    eps: float = 1e-6
     scope: ClassVar[str | None] = "tensor"
-    factor: ClassVar[Any] = staticmethod(clip_factor)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "max_norm", positive("max_norm", self.max_norm, allow_inf=True))
-        object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
-        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
-
-    @property
-    def numbers(self) -> tuple[float, float, float]:
-        return self.max_norm, self.eps, math.inf
 
 
 @final
