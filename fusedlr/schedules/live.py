@@ -29,7 +29,7 @@ class TimeDecay(Schedule):
     The clock starts with the first step that this schedule drives, and T is known as of each step. T is in the
     state_dict; the time between saving and loading does not count. On the host ``schedule(t, base_lr)`` takes t as the
     elapsed time; inside ``then``, ``product``, ``per_epoch`` and ``for_steps`` t is a step, and T is 0 without an
-    optimizer. A captured CUDA graph replays the T of its capture.
+    optimizer. A step that follows it cannot be captured in a CUDA graph.
 
     Args:
         rate: the decay a unit of time, a finite number >= 0.
