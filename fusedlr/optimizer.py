@@ -20,8 +20,9 @@ from .clipping import Clip, as_clip
 from .flat import rehome
 from .gather import Plan, check_gradients
 from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, own_tensors, read, scheduled_scalars
+from .precision import Precision, as_precision, check_precision
 from .rule import Rule
-from .state import Bank, Leaf, Mark, adopt, check_entry, ensure_state, entry_views, watched
+from .state import Bank, Leaf, Mark, adopt, check_entry, ensure_state, entry_of, entry_views, watched
 
 if TYPE_CHECKING:
     from .integrations.lr_scheduler import FusedLRScheduler
@@ -51,7 +52,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         schedule: ScheduleArg,
         clip: Clip | float | None,
         nonfinite: str,
-        precision: None,
+        precision: Precision | None,
         flatten: bool,
         backend: str,
         norm_group: None,
@@ -61,9 +62,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                              "use the optimizer of the same name in torch.optim")  # fmt: skip
         if nonfinite not in _NONFINITE:
             raise ValueError(f"nonfinite must be one of {_NONFINITE}, but got {nonfinite!r}")
-        for name, value in (("precision", precision), ("norm_group", norm_group)):
-            if value is not None:
-                raise ValueError(f"{name} must be None in this version of fusedlr, but got {value!r}")
+        if norm_group is not None:
+            raise ValueError(f"norm_group must be None in this version of fusedlr, but got {norm_group!r}")
+        self._precision = as_precision(precision)
         self._clip = as_clip(clip)
         self._nonfinite = nonfinite
         self._flatten = bool(flatten)
@@ -153,7 +154,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("\n")
         where = self._backend.explain(sorted({leaf.device.type for leaf in self._leaves}))
-        return f"{head}\nbackend: {where}; clip: {self._clip}; nonfinite: {self._nonfinite}\n{rest}"
+        own = f"backend: {where}; clip: {self._clip}; nonfinite: {self._nonfinite}"
+        precision = "" if self._precision == Precision() else f"precision: {self._precision}\n"
+        return f"{head}\n{own}\n{precision}{rest}"
 
     # ---- registration ------------------------------------------------------------------------------------------
 
@@ -191,7 +194,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._validated(given)
 
     def _prepare_group(self, group: dict[str, Any]) -> None:
+        rule = self._rule(group)
         for p in group["params"]:
+            check_precision(self._precision, p.dtype, rule)
             if p.is_complex():
                 raise ValueError(
                     f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
@@ -201,7 +206,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         marks = group.setdefault(GROUP_KEY, {})
         marks.setdefault("base", {})
         marks.setdefault("written", {})
-        schedules = as_schedules(group["schedule"], (*self._rule(group).scalars,), self._clip)
+        schedules = as_schedules(group["schedule"], rule.scalars, self._clip)
         scheduled_scalars(group, schedules)
 
     def _register(self) -> None:
@@ -212,7 +217,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         leaves: list[Leaf] = []
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
-                leaf = known.get(id(p)) or Leaf(p, 0, g, homes.get(id(p)))
+                leaf = known.get(id(p)) or Leaf(p, 0, g, homes.get(id(p)), self._precision)
                 leaf.index, leaf.group = len(leaves), g
                 leaves.append(leaf)
         self._leaves = leaves
@@ -419,13 +424,30 @@ class FusedOptimizer(torch.optim.Optimizer):
                 changed.append((leaf, entry))
         for leaf, entry in changed:
             adopt(leaf, entry)
-            self.state[leaf.param] = {**entry, **entry_views(leaf)}
+            self.state[leaf.param] = entry_of(leaf, entry)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state under torch's keys; fusedlr's own keys are additional and plain data."""
-        return checkpoint.save(self, super().state_dict())
+    def state_dict(self, *, format: str = "fusedlr") -> dict[str, Any]:
+        """The state under torch's keys; fusedlr's own keys are additional and plain data.
+
+        Args:
+            format: "fusedlr", every array as it is stored; or "torch", what torch.optim can load: 8-bit state decoded
+                to float32, scales and further bits of the weights left out.
+        """
+        if format not in ("fusedlr", "torch"):
+            raise ValueError(f"format must be 'fusedlr' or 'torch', but got {format!r}")
+        saved = checkpoint.save(self, super().state_dict())
+        return saved if format == "fusedlr" else checkpoint.as_torch(self, saved)
+
+    @torch.no_grad()
+    def full_precision_parameters(self) -> dict[Tensor, Tensor]:
+        """The float32 weights, for export: parameter to tensor, in the order of the param groups.
+
+        With ``precision`` a weight may have more bits than its parameter. A parameter that somebody has written since
+        the last step counts as it is. ``{name: full[p] for name, p in model.named_parameters()}`` names them.
+        """
+        return checkpoint.full_precision(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

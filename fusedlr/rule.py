@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AtenRule", "Rule", "averaged", "averaged_square", "decayed", "expm1_log", "minus", "minus_ratio", "sqrt",
-           "where"]  # fmt: skip
+__all__ = ["UNSIGNED", "AtenRule", "Rule", "averaged", "averaged_square", "decayed", "expm1_log", "minus",
+           "minus_ratio", "sqrt", "where"]  # fmt: skip
+
+# Slots that hold sums or averages of squares, or largest magnitudes: nothing negative. Eight bits hold them better
+# without a sign; a slot that is not named here is stored with one.
+UNSIGNED = frozenset({"acc_delta", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "square_avg", "sum"})
 
 # (params, grads, [state lists in slot order], step, scalars by name, maximize) -> None, in place.
 AtenRule = Callable[
@@ -43,6 +47,7 @@ class Rule:
         start: what each slot, then each carried number, is before the first step; empty for zeros.
         fold: other scalars with which ``aten`` makes of the gradients what it makes of ``factor`` times them with
             these; ``fold(step, factor, scalars)`` is None where there are none. Saves a pass over large gradients.
+        cancels: whether ``update`` subtracts one state tensor from another, so that neither may be rounded coarsely.
     """
 
     update: Callable[..., tuple[Tensor, ...]]
@@ -54,6 +59,12 @@ class Rule:
     carried: tuple[str, ...] = ()
     start: tuple[float, ...] = ()
     fold: Callable[[float, float, dict[str, float]], dict[str, float] | None] | None = None
+    cancels: bool = False
+
+    @property
+    def unsigned(self) -> tuple[bool, ...]:
+        """Which slots never hold a negative number."""
+        return tuple(name in UNSIGNED for name in self.slots)
 
     @property
     def name(self) -> str:

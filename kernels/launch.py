@@ -16,6 +16,7 @@ from . import clipping, formats, rules
 from .apply import apply
 from .decide import GLOBAL, NOTHING, TENSOR, decide
 from .measure import EUCLID, LARGEST, POWER, measure
+from .segments import HEAD
 from .step import step
 
 __all__ = ["BLOCK", "DTYPES", "can_launch_step", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure",
@@ -45,7 +46,9 @@ DTYPES = {
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int8: tl.int8,
 }
+PLAIN: tuple[str, str, tuple[bool, ...]] = ("plain", "plain", ())
 SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value}
 
 
@@ -117,12 +120,18 @@ def apply_constants(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> dict[str, Any]:
-    """The compile-time arguments of apply; the slots of a rule share one dtype."""
+    """The compile-time arguments of apply; the slots of a rule share one dtype.
+
+    ``storage`` is (kind of the state, kind of the weights, which slots have no sign), as ``formats`` names them.
+    """
     if len(set(state_dtypes)) > 1:
         raise ValueError(f"the state of a tensor must have one dtype, but got {list(state_dtypes)}")
     hyper, make_hyper = rules.HYPERS[hyper_name]
-    sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)}
+    state, weights, _ = storage
+    sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)} | formats.EXTRA_BYTES[weights]
+    mixed = len(sizes) > 1 and max(sizes) > 2  # 8-bit arrays beside 16-bit ones go in 8 and 16 bytes
     return {
         "RULE": getattr(rules, rule_name),
         "HYPER": make_hyper,
@@ -134,7 +143,9 @@ def apply_constants(
         "S": DTYPES[state_dtypes[0] if state_dtypes else dtype],
         "SLOTS": len(state_dtypes),
         "WIDE": wide(dtype),
-        "BLOCK": HALF_BLOCK if len(sizes) > 1 or 8 in sizes or rule_name in WIDE_RULES else BLOCK,
+        "FORMAT": formats.format_of(*storage),
+        "WIDTH": int(HEAD.value) + len(state_dtypes) + formats.columns(state, weights, len(state_dtypes)),
+        "BLOCK": HALF_BLOCK if mixed or 8 in sizes or rule_name in WIDE_RULES else BLOCK,
         "TAIL": TAIL,
     }
 
@@ -252,6 +263,7 @@ def launch_apply(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> None:
     """One pass over parameters and state."""
     apply[(n_chunks,)](
@@ -262,7 +274,13 @@ def launch_apply(
         n_chunks,
         chunk_size,
         **apply_constants(
-            rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+            rule_name,
+            hyper_name,
+            clamp=clamp,
+            dtype=dtype,
+            grad_dtype=grad_dtype,
+            state_dtypes=state_dtypes,
+            storage=storage,
         ),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
@@ -324,6 +342,7 @@ def launch_step(
     clamp: bool,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> None:
     """The three launches in one; ``barrier`` is one int64 of the bucket, 0 before its first step."""
     constants = step_constants(
@@ -341,7 +360,13 @@ def launch_step(
             dtype=dtype,
         ),
         apply_constants(
-            rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+            rule_name,
+            hyper_name,
+            clamp=clamp,
+            dtype=dtype,
+            grad_dtype=grad_dtype,
+            state_dtypes=state_dtypes,
+            storage=storage,
         ),
     )
     step[(min(n_chunks, _programs_at_once(barrier.device)),)](

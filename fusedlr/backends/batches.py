@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..flat import SMALL
 from ..gather import in_order
+from ..precision import GROUP
 from ..rule import Rule
 from ..state import Leaf
 from .norms import ROW
+from .stored import Place, place_of, places_of
 
 __all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces"]
 
@@ -40,7 +42,8 @@ def pieces(x: Tensor, size: int = CHUNK) -> Sequence[Tensor]:
 class Batch:
     """One leaf, or small neighbours; ``param`` is None where the only leaf has strides that leave gaps."""
 
-    __slots__ = ("_plain", "_take", "gathered", "leaves", "numel", "ordered", "param", "positions", "slots", "spans")
+    __slots__ = ("_place", "_plain", "_take", "extra", "gathered", "leaves", "numel", "ordered", "param", "positions",
+                 "scales", "slots", "spans", "storage")  # fmt: skip
 
     def __init__(self, positions: list[int], leaves: list[Leaf]) -> None:
         first = leaves[0]
@@ -50,15 +53,30 @@ class Batch:
         self.numel = sum(self.spans[-1])
         self.ordered = False
         self.gathered: Tensor | None = None  # where the gradients are kept from the norm to the update
+        self._place: Place | None = None
+        assert first.bank is not None
+        self.storage = first.bank.storage
         if len(leaves) == 1:
-            self.param, self.slots = first.flat, first.slots
+            self.param, self.slots, self.scales, self.extra = first.flat, first.slots, first.scales, first.extra
             return
-        assert first.home is not None and first.bank is not None
+        assert first.home is not None
         self.param = first.home.piece[first.home.start : first.home.start + self.numel]
-        self.slots = tuple(slot[first.bank_start : first.bank_start + self.numel] for slot in first.bank.slots)
+        here = slice(first.bank_start, first.bank_start + self.numel)
+        groups = slice(here.start // GROUP, -(-here.stop // GROUP))
+        self.slots = tuple(slot[here] for slot in first.bank.slots)
+        self.scales = tuple(scale[groups] for scale in first.bank.scales)
+        self.extra = None if first.bank.extra is None else first.bank.extra[here]
         self._take = itemgetter(*positions)
         # Vectors without padding between them are put together by one operator.
         self._plain = all(leaf.param.ndim == 1 for leaf in leaves) and sum(n for _, n in self.spans) == self.numel
+
+    def place(self) -> Place:
+        """To which tensors the elements belong; kept where there are several, which are small."""
+        if len(self.leaves) == 1:
+            return place_of(self.leaves[0])
+        if self._place is None:
+            self._place = places_of(self.leaves, self.spans, self.numel)
+        return self._place
 
     def gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradient of the only leaf, in the order of ``param``."""
@@ -112,7 +130,8 @@ class Call:
         self._rounds: dict[bool, list[Round]] = {}
         self.has_gaps = any(batch.param is None for batch in batches)
         # Whether PyTorch has an operator of its own for this rule and dtype.
-        self.has_operator = rule.aten is not None and self.leaf.dtype in (torch.float32, torch.float64)
+        wide = self.leaf.dtype in (torch.float32, torch.float64)
+        self.has_operator = rule.aten is not None and wide and batches[0].storage.plain
 
     def numbers(self) -> list[float] | None:
         """Steps taken, and what the rule carries, the same for all leaves; None where they have come to differ."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..gather import in_order
+from ..precision import Storage
 from ..rule import Rule
 from ..schedules.program import pack
 from ..state import Leaf
@@ -83,11 +84,13 @@ class Bucket:
         self._firsts = first
         self._counts = np.array(counts)
         self._addresses = np.array([leaf.step.data_ptr() for leaf in leaves])  # type: ignore[union-attr]
-        self._segments = np.zeros((len(leaves), 3 + len(self.rule.slots)), dtype=np.int64)
-        for row, leaf in zip(self._segments, leaves, strict=True):
+        self.storage = leaves[0].storage(self.rule)
+        beside = [_beside(leaf, self.storage) for leaf in leaves]
+        self._segments = np.zeros((len(leaves), 3 + len(self.rule.slots) + len(beside[0])), dtype=np.int64)
+        for row, leaf, more in zip(self._segments, leaves, beside, strict=True):
             row[0] = leaf.ptr if leaf.flat is not None else 0
             row[2] = leaf.numel
-            row[3:] = [slot.data_ptr() for slot in leaf.slots]
+            row[3:] = [*(slot.data_ptr() for slot in leaf.slots), *more]
         self._sent_segments = Sent(self.device)
         self._sent_scalars = Sent(self.device)
         self._sent_pointers = Sent(self.device)
@@ -228,6 +231,17 @@ class Bucket:
             self._sent_table.update(np.ascontiguousarray(packed.values, dtype=np.float64))
             self._programs = (tracks, int(packed.count.max()) if tracks else 0)
         return self._sent_tracks.tensor, self._sent_program.tensor, self._sent_table.tensor, self._programs[1]
+
+
+def _beside(leaf: Leaf, storage: Storage) -> list[int]:
+    """The columns behind the slots: scales, what completes the weight, and what random bits are made from."""
+    columns = [scale.data_ptr() for scale in leaf.scales]
+    if leaf.extra is not None:
+        columns.append(leaf.extra.data_ptr())
+    if storage.noisy:
+        assert leaf.step is not None
+        columns += [leaf.step.data_ptr(), leaf.key]
+    return columns
 
 
 def waves(leaves: Sequence[Leaf]) -> list[int]:

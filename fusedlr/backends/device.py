@@ -16,7 +16,7 @@ from ..gather import in_order
 from ..rule import Rule
 from ..state import Leaf
 from . import Executor, Knobs
-from .torch import reference_update
+from .stored import Step, arrays_of, place_of, stored_update
 
 __all__ = ["DeviceExecutor"]
 
@@ -82,9 +82,12 @@ class DeviceExecutor(Executor):
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
             h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
             factor = 1.0 if self._factors is None else self._factors[i].to(leaf.device)
-            new = reference_update(rule, p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group])
+            assert leaf.bank is not None
+            todo = Step(rule, h, limit, knobs.maximize[leaf.group], step)
+            arrays = arrays_of(leaf, p)
+            new = stored_update(leaf.bank.storage, arrays, in_order(g, leaf), factor, todo, place_of(leaf))
             numbers = (step, *h[: len(leaf.carried)])
-            for old, value in zip((leaf.step, *leaf.carried, p, *leaf.slots), (*numbers, *new), strict=True):
+            for old, value in zip((leaf.step, *leaf.carried, *arrays.flatten()), (*numbers, *new), strict=True):
                 if self._skip is not None:
                     value = torch.where(self._skip.to(leaf.device), old.to(value.dtype), value)
                 old.copy_(value)

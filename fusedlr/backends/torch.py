@@ -20,8 +20,9 @@ from ..state import Leaf
 from . import Executor, Knobs
 from .batches import ROUND, Batch, Call, Round, calls_of, pieces
 from .norms import combine, euclidean, piece_sum, row_norms
+from .stored import Arrays, Step, arrays_of, reference_update, stored_update
 
-__all__ = ["HostExecutor", "reference_update"]
+__all__ = ["HostExecutor"]
 
 # Elements that a reference rule treats at once: its temporaries stay in the cache.
 RULE_CHUNK = 1 << 16
@@ -30,19 +31,6 @@ _LEAST_FOLDED = 1e-12
 
 
 _NOTHING: tuple[Batch | None, Tensor] = (None, torch.empty(0))
-
-
-def reference_update(
-    rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
-) -> tuple[Tensor, ...]:
-    """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
-    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    g = g.to(wide)
-    if isinstance(factor, Tensor) or factor != 1.0:
-        g = g * factor
-    if limit != math.inf:
-        g = g.clamp(-limit, limit)
-    return rule.update(p.to(wide), -g if maximize else g, *[slot.to(wide) for slot in slots], h)
 
 
 class HostExecutor(Executor):
@@ -239,27 +227,37 @@ class HostExecutor(Executor):
 
     def _by_rule(self, call: Call, grads: Sequence[Tensor], h: Any, knobs: Knobs) -> None:
         limit, maximize = knobs.clip_numbers[2], knobs.maximize[call.group]
+        assert call.leaf.step is not None
+        step = Step(call.rule, h, limit, maximize, call.leaf.step)
         for batch in call.batches:
             if batch.param is None:
-                self._in_a_copy(call.rule, batch, grads, h, knobs)
+                self._in_a_copy(batch, grads, step)
                 continue
             if call.has_operator:
                 continue
             g = self._scaled(batch, self._gradient(batch, grads))
             factor = self._factor(batch) if len(batch.leaves) == 1 or len(self._factors or ()) == 1 else 1.0
+            if not batch.storage.plain:
+                arrays = Arrays(batch.param, batch.slots, batch.scales, batch.extra)
+                self._stored(batch, arrays, g, factor, step)
+                continue
             for p, part, *slots in zip(*(pieces(x, RULE_CHUNK) for x in (batch.param, g, *batch.slots)), strict=True):
                 new = reference_update(call.rule, p, part, slots, h, factor, limit, maximize)
                 for old, value in zip((p, *slots), new, strict=True):
                     old.copy_(value)
 
-    def _in_a_copy(
-        self, rule: Rule, batch: Batch, grads: Sequence[Tensor], h: Any, knobs: Knobs
-    ) -> None:
+    def _stored(self, batch: Batch, arrays: Arrays, g: Tensor, factor: float, step: Step) -> None:
+        """The same for arrays that are stored otherwise than torch does."""
+        place = batch.place()
+        for start, part in zip(range(0, batch.numel, RULE_CHUNK), arrays.split(RULE_CHUNK), strict=True):
+            stop = min(start + RULE_CHUNK, batch.numel)
+            new = stored_update(batch.storage, part, g[start:stop], factor, step, place.part(start, stop))
+            for old, value in zip(part.flatten(), new, strict=True):
+                old.copy_(value)
+
+    def _in_a_copy(self, batch: Batch, grads: Sequence[Tensor], step: Step) -> None:
         """Step a parameter whose strides leave gaps: by the reference rule, through a dense copy."""
         (leaf,) = batch.leaves
         p = in_order(leaf.param.detach(), leaf)
-        g, factor, limit = self._gradient(batch, grads), self._factor(batch), knobs.clip_numbers[2]
-        new = reference_update(rule, p, g, batch.slots, h, factor, limit, knobs.maximize[leaf.group])
-        for old, value in zip((p, *batch.slots), new, strict=True):
-            old.copy_(value)
+        self._stored(batch, arrays_of(leaf, p), self._gradient(batch, grads), self._factor(batch), step)
         leaf.param.copy_(p.as_strided(leaf.shape, leaf.strides))
