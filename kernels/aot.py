@@ -42,7 +42,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import launch, rules
+from . import formats, launch, rules
 from .apply import apply
 from .decide import decide
 from .measure import EUCLID, LARGEST, POWER, measure
@@ -52,8 +52,36 @@ __all__ = ["FORMATS", "Kernel", "Loop", "Report", "compile_kernel", "kernel_name
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _SHORT = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
-# How the state of 16-bit parameters is stored: in the parameters' dtype, or in one of its own.
-FORMATS: dict[str, torch.dtype | None] = {"param": None, "fp32": FP32}
+INT8 = torch.int8
+
+
+class Format(NamedTuple):
+    """A storage: the dtype of the state (None: the parameter's), its kind, that of the weights, and whose it is."""
+
+    held: torch.dtype | None
+    state: str
+    weights: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+# The storages that differ in their code. 8-bit weights are compiled with stochastic rounding, which takes more.
+FORMATS = {
+    "param": Format(None, "plain", "plain", (FP32, BF16, FP16, FP64)),
+    "fp32": Format(FP32, "plain", "plain", (BF16, FP16)),
+    "noisy": Format(None, "plain", "noisy", (BF16, FP16)),
+    "fp32_master": Format(FP32, "plain", "master", (BF16, FP16)),
+    "fp32_split16": Format(FP32, "plain", "split16", (BF16,)),
+    "bf16_noisy": Format(BF16, "noisy", "noisy", (BF16,)),
+    "bf16_split16": Format(BF16, "noisy", "split16", (BF16,)),
+    "int8": Format(INT8, "int8", "plain", (FP32, BF16)),
+    "int8_noisy": Format(INT8, "int8", "noisy", (BF16,)),
+    "int8_master": Format(INT8, "int8", "master", (BF16,)),
+    "int8_split16": Format(INT8, "int8", "split16", (BF16,)),
+    "int8_split8": Format(INT8, "int8", "noisy8", (BF16,)),
+}
+# Every rule is compiled in these, and these rules in every format: one slot and two, and the one that needs most.
+_EVERY_RULE = ("param", "fp32", "int8_split8")
+_EVERY_FORMAT = ("sgd_momentum", "adamw", "adam_amsgrad", "adadelta")
 _MODES = {int(EUCLID.value): "euclid", int(LARGEST.value): "largest", int(POWER.value): "power"}
 
 
@@ -170,9 +198,16 @@ def _slots(rule: str) -> int:
 
 def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = False) -> Kernel:
     hyper, _ = rules.RULES[rule]
-    held = FORMATS[state] or dtype
+    form, slots = FORMATS[state], _slots(rule)
+    held = form.held or dtype
     constants = launch.apply_constants(
-        rule, hyper, clamp=clamp, dtype=dtype, grad_dtype=dtype, state_dtypes=(held,) * _slots(rule)
+        rule,
+        hyper,
+        clamp=clamp,
+        dtype=dtype,
+        grad_dtype=dtype,
+        state_dtypes=(held,) * slots,
+        storage=(form.state, form.weights, tuple(i > 0 for i in range(slots))),
     )
     types = {
         "segments_ptr": "*i64",
@@ -183,7 +218,9 @@ def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = Fa
         "chunk_size": "i32",
     }
     name = kernel_name("apply", rule, dtype, "clamp" if clamp else state)
-    moved = 3 * dtype.itemsize + 2 * _slots(rule) * held.itemsize
+    scale = 4 / formats.GROUP.value if form.state == "int8" else 0
+    extra = sum(formats.EXTRA_BYTES[form.weights])
+    moved = 3 * dtype.itemsize + 2 * slots * (held.itemsize + scale) + 2 * extra
     return Kernel(name, apply, _signature(apply, types, constants), constants, launch.THREADS, True, moved)
 
 
@@ -214,10 +251,12 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
     yield _decide("adam", FP64, "global", "clip_factor", guard=False)
     for rule in rules.RULES:
         for dtype in (FP32, BF16, FP16, FP64):
-            yield _apply(rule, dtype)
-            for state, held in FORMATS.items():
-                if dtype in (BF16, FP16) and held is not None and _slots(rule):
-                    yield _apply(rule, dtype, state)
+            for name, form in FORMATS.items():
+                # A rule without state has the formats of its weights alone.
+                differs = form.state == "plain" and form.held is None
+                asked = rule in _EVERY_FORMAT or name in _EVERY_RULE
+                if dtype in form.dtypes and asked and (_slots(rule) or differs):
+                    yield _apply(rule, dtype, name)
     yield _apply("adamw", FP32, clamp=True)
     for rule in ("adamw", "sgd_momentum") if target.backend == "cuda" else ():
         for dtype in (FP32, BF16):

@@ -29,6 +29,7 @@ NOISY8 = tl.constexpr(5)
 GROUP = tl.constexpr(64)
 
 SHIFT = tl.constexpr(20)
+HALF = tl.constexpr(1 << 19)  # half a code
 SIGNED_FIRST = tl.constexpr((127 - 16) << 3)
 UNSIGNED_FIRST = tl.constexpr((127 - 32) << 3)
 SIGNED_D = tl.constexpr(2.0**-16)
@@ -94,6 +95,7 @@ def step_key(tensor, step):
 @triton.jit
 def element_bits(key, offset, lanes):
     """32 random bits for each element of a block, as uint32; no block straddles a multiple of 2**32."""
+    offset = tl.full([], offset, tl.int64)  # in the interpreter it is an int
     high = (offset >> 32).to(tl.uint32) * 0x9E3779B9
     low = (offset & 0xFFFFFFFF).to(tl.uint32)
     return murmur((low + lanes.to(tl.uint32)) ^ (key ^ high))
@@ -232,11 +234,11 @@ def encode(x, UNSIGNED: tl.constexpr):
     inverse = tl.where(scales >= LEAST, tl.div_rn(TOP + scales * 0.0, scales), 0.0)
     if UNSIGNED:
         shifted = (tl.abs(x) * inverse + UNSIGNED_D).to(tl.int32, bitcast=True) & MAGNITUDE
-        codes = tl.minimum(((shifted + (1 << (SHIFT - 1))) >> SHIFT) - UNSIGNED_FIRST, 255)
+        codes = tl.minimum(((shifted + HALF) >> SHIFT) - UNSIGNED_FIRST, 255)
         codes = tl.where(x > 0.0, tl.maximum(codes, 1), codes).to(tl.uint8).to(tl.int8, bitcast=True)
     else:
         shifted = (tl.abs(x) * inverse + SIGNED_D).to(tl.int32, bitcast=True) & MAGNITUDE
-        codes = tl.minimum(((shifted + (1 << (SHIFT - 1))) >> SHIFT) - SIGNED_FIRST, 127)
+        codes = tl.minimum(((shifted + HALF) >> SHIFT) - SIGNED_FIRST, 127)
         codes = tl.where(x < 0.0, -codes, codes).to(tl.int8)
     return codes, scales
 

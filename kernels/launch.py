@@ -131,7 +131,8 @@ def apply_constants(
     hyper, make_hyper = rules.HYPERS[hyper_name]
     state, weights, _ = storage
     sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)} | formats.EXTRA_BYTES[weights]
-    mixed = len(sizes) > 1 and max(sizes) > 2  # 8-bit arrays beside 16-bit ones go in 8 and 16 bytes
+    # Formats that keep so much alive that 8 elements a thread would take more than 64 registers.
+    busy = 8 in sizes or rule_name in WIDE_RULES or state in ("noisy", "int8")
     return {
         "RULE": getattr(rules, rule_name),
         "HYPER": make_hyper,
@@ -145,7 +146,7 @@ def apply_constants(
         "WIDE": wide(dtype),
         "FORMAT": formats.format_of(*storage),
         "WIDTH": int(HEAD.value) + len(state_dtypes) + formats.columns(state, weights, len(state_dtypes)),
-        "BLOCK": HALF_BLOCK if mixed or 8 in sizes or rule_name in WIDE_RULES else BLOCK,
+        "BLOCK": HALF_BLOCK if busy or len(sizes) > 1 else BLOCK,
         "TAIL": TAIL,
     }
 
