@@ -16,6 +16,8 @@ binades, without 32, the lowest of them linear down to 0. The constant d below i
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,15 +31,19 @@ _GOLDEN = 0x9E3779B9
 # Odd constants, one for the weight and one for each slot.
 SALTS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
 
-MANTISSA = 3
-SHIFT = 23 - MANTISSA
-# (bits(d) >> SHIFT, largest code), with and without a sign: d is 2**-16 and 2**-32, and the largest code means 15/16.
-SIGNED = ((127 - 16) << MANTISSA, 127)
-UNSIGNED = ((127 - 32) << MANTISSA, 255)
+SHIFT = 20  # bits of a float32 that a code lacks: 3 of its 23 remain
+HALF = 1 << 19
+SIGNED_D, UNSIGNED_D = 2.0**-16, 2.0**-32
+# The value of the largest code, 127 or 255, before it is scaled.
 TOP = 0.9375
 # Groups below count as zero: the reciprocal must stay in range.
 LEAST = 2.0**-120
 NAN = 0x7FC00000
+
+
+def _bits(x: float) -> int:
+    """The bit pattern of a power of two below 1 as a float32."""
+    return (127 + round(math.log2(x))) << 23
 
 
 def _signed(constant: int) -> int:
@@ -180,27 +186,27 @@ def _spread(per_group: Tensor, numel: int) -> Tensor:
 
 
 def encode(x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
-    """A flat float32 as (8-bit codes, scales), each to the nearest; what is not 0 stays so in an unsigned slot."""
-    first, last = UNSIGNED if unsigned else SIGNED
+    """A flat float32 as (8-bit codes, scales), each to the nearest; what is not 0 stays so without a sign."""
+    d = UNSIGNED_D if unsigned else SIGNED_D
     scales = group_scales(x)
     inverse = torch.where(scales >= LEAST, TOP / scales, 0.0)
-    d = 2.0**-32 if unsigned else 2.0**-16
-    shifted = (x.abs() * _spread(inverse, x.numel()) + d).view(torch.int32) & 0x7FFFFFFF
-    codes = (((shifted + (1 << (SHIFT - 1))) >> SHIFT) - first).clamp_max(last)
+    bits = x.view(torch.int32)
+    shifted = (x.abs() * _spread(inverse, x.numel()) + d).view(torch.int32)
+    codes = (shifted + (HALF - _bits(d))) >> SHIFT
     if unsigned:
-        return torch.where(x > 0, codes.clamp_min(1), codes).to(torch.uint8), scales
-    return torch.where(x < 0, -codes, codes).to(torch.int8), scales
+        return torch.maximum(codes, bits.clamp_max(1)).to(torch.uint8), scales
+    negative = bits >> 31
+    return ((codes ^ negative) - negative).to(torch.int8), scales
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 that 8-bit codes mean."""
+    """The float32 that flat 8-bit codes mean."""
     unsigned = codes.dtype == torch.uint8
-    first, _ = UNSIGNED if unsigned else SIGNED
-    d = 2.0**-32 if unsigned else 2.0**-16
+    d = UNSIGNED_D if unsigned else SIGNED_D
     wide = codes.to(torch.int32)
-    y = ((wide.abs() + first) << SHIFT).view(torch.float32) - d
+    y = ((wide.abs() << SHIFT) + _bits(d)).view(torch.float32) - d
     y = y * _spread(scales * (1.0 / TOP), codes.numel())
-    return y if unsigned else torch.where(wide < 0, -y, y)
+    return y if unsigned else (y.view(torch.int32) ^ (wide & -(1 << 31))).view(torch.float32)
 
 
 def load_state(slot: Tensor, scales: Tensor | None) -> Tensor:

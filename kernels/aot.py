@@ -5,7 +5,7 @@
 writes one cubin a kernel (for an AMD target such as gfx942 one .hsaco), named kernel-rule-dtype[-format], and
 ``table.json``, and prints the same table. It needs no GPU: Triton compiles for a named target, and its own cuobjdump
 shows the result. ``apply-adamw-bf16`` has bfloat16 parameters with bfloat16 state, ``apply-adamw-bf16-fp32`` bfloat16
-parameters with float32 state. The columns:
+parameters with float32 state, ``...-int8_split8`` 8-bit state and 8 of the weights' missing bits. The columns:
 
     registers           of a thread (on AMD its vector registers)
     shared              bytes of shared memory of a program: reductions need some, apply none
@@ -79,9 +79,10 @@ FORMATS = {
     "int8_split16": Format(INT8, "int8", "split16", (BF16,)),
     "int8_split8": Format(INT8, "int8", "noisy8", (BF16,)),
 }
-# Every rule is compiled in these, and these rules in every format: one slot and two, and the one that needs most.
-_EVERY_RULE = ("param", "fp32", "int8_split8")
-_EVERY_FORMAT = ("sgd_momentum", "adamw", "adam_amsgrad", "adadelta")
+# Every rule is compiled in the first two; a rule of two slots in all, and some others in the one that takes most.
+_COMPILED = {"adamw": tuple(FORMATS)} | dict.fromkeys(
+    ("sgd_momentum", "adam_amsgrad", "adadelta", "nadam"), ("param", "fp32", "int8_split8")
+)
 _MODES = {int(EUCLID.value): "euclid", int(LARGEST.value): "largest", int(POWER.value): "power"}
 
 
@@ -254,7 +255,7 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
             for name, form in FORMATS.items():
                 # A rule without state has the formats of its weights alone.
                 differs = form.state == "plain" and form.held is None
-                asked = rule in _EVERY_FORMAT or name in _EVERY_RULE
+                asked = name in _COMPILED.get(rule, ("param", "fp32"))
                 if dtype in form.dtypes and asked and (_slots(rule) or differs):
                     yield _apply(rule, dtype, name)
     yield _apply("adamw", FP32, clamp=True)

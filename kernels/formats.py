@@ -29,9 +29,12 @@ NOISY8 = tl.constexpr(5)
 GROUP = tl.constexpr(64)
 
 SHIFT = tl.constexpr(20)
-HALF = tl.constexpr(1 << 19)  # half a code
-SIGNED_FIRST = tl.constexpr((127 - 16) << 3)
-UNSIGNED_FIRST = tl.constexpr((127 - 32) << 3)
+# The bits of d, and half a code less these: what rounds to the nearest code.
+SIGNED_FIRST = tl.constexpr((127 - 16) << 23)
+SIGNED_ROUND = tl.constexpr((1 << 19) - ((127 - 16) << 23))
+UNSIGNED_FIRST = tl.constexpr((127 - 32) << 23)
+UNSIGNED_ROUND = tl.constexpr((1 << 19) - ((127 - 32) << 23))
+SIGN = tl.constexpr(-(1 << 31))
 SIGNED_D = tl.constexpr(2.0**-16)
 UNSIGNED_D = tl.constexpr(2.0**-32)
 TOP = tl.constexpr(0.9375)
@@ -153,7 +156,7 @@ def stochastic(x, DTYPE: tl.constexpr, noise):
         whole = tl.floor(scaled)
         up = tl.where((scaled - whole) * 65536.0 > noise.to(tl.float32), 1.0, 0.0)
         size = (whole + up) * unit.to(tl.float32, bitcast=True)
-        sign = x.to(tl.int32, bitcast=True) & (-2147483647 - 1)
+        sign = x.to(tl.int32, bitcast=True) & SIGN
         y = ((size.to(tl.int32, bitcast=True) & MAGNITUDE) | sign).to(tl.float32, bitcast=True).to(DTYPE)
     return y
 
@@ -229,18 +232,18 @@ def group_scales(x):
 
 @triton.jit
 def encode(x, UNSIGNED: tl.constexpr):
-    """Rows of float32 as (8-bit codes as int8, scales), each to the nearest."""
+    """Rows of float32 as (8-bit codes as int8, scales), each to the nearest; what is not 0 stays so without a sign."""
     scales = group_scales(x)
-    inverse = tl.where(scales >= LEAST, tl.div_rn(TOP + scales * 0.0, scales), 0.0)
+    inverse = tl.where(scales >= LEAST, TOP / scales, 0.0)
+    bits = x.to(tl.int32, bitcast=True)
     if UNSIGNED:
-        shifted = (tl.abs(x) * inverse + UNSIGNED_D).to(tl.int32, bitcast=True) & MAGNITUDE
-        codes = tl.minimum(((shifted + HALF) >> SHIFT) - UNSIGNED_FIRST, 255)
-        codes = tl.where(x > 0.0, tl.maximum(codes, 1), codes).to(tl.uint8).to(tl.int8, bitcast=True)
+        shifted = (tl.abs(x) * inverse + UNSIGNED_D).to(tl.int32, bitcast=True)
+        codes = tl.maximum((shifted + UNSIGNED_ROUND) >> SHIFT, tl.minimum(bits, 1))
     else:
-        shifted = (tl.abs(x) * inverse + SIGNED_D).to(tl.int32, bitcast=True) & MAGNITUDE
-        codes = tl.minimum(((shifted + HALF) >> SHIFT) - SIGNED_FIRST, 127)
-        codes = tl.where(x < 0.0, -codes, codes).to(tl.int8)
-    return codes, scales
+        shifted = (tl.abs(x) * inverse + SIGNED_D).to(tl.int32, bitcast=True)
+        negative = bits >> 31
+        codes = (((shifted + SIGNED_ROUND) >> SHIFT) ^ negative) - negative
+    return codes.to(tl.int8), scales
 
 
 @triton.jit
@@ -249,11 +252,11 @@ def decode(codes, scales, UNSIGNED: tl.constexpr):
     size = scales * (1.0 / TOP)
     if UNSIGNED:
         wide = codes.to(tl.uint8, bitcast=True).to(tl.int32)
-        x = (((wide + UNSIGNED_FIRST) << SHIFT).to(tl.float32, bitcast=True) - UNSIGNED_D) * size
+        x = (((wide << SHIFT) + UNSIGNED_FIRST).to(tl.float32, bitcast=True) - UNSIGNED_D) * size
     else:
         wide = codes.to(tl.int32)
-        y = (((tl.abs(wide) + SIGNED_FIRST) << SHIFT).to(tl.float32, bitcast=True) - SIGNED_D) * size
-        x = tl.where(wide < 0, -y, y)
+        y = (((tl.abs(wide) << SHIFT) + SIGNED_FIRST).to(tl.float32, bitcast=True) - SIGNED_D) * size
+        x = (y.to(tl.int32, bitcast=True) ^ (wide & SIGN)).to(tl.float32, bitcast=True)
     return x
 
 
@@ -278,7 +281,9 @@ def store_state(x, slot_ptr, scale_ptr, noise, offset, lanes, left, mask, ALIGNE
     slot_ptrs = block_of(slot_ptr, offset, ALIGNED) + lanes
     if FORMAT % 8 == INT8:
         rows = tl.arange(0, lanes.shape[0])[:, None]
-        codes, scales = encode(tl.where(mask, x, 0.0), (FORMAT // 128 >> SLOT) % 2)
+        if not ALIGNED:  # else groups are whole, or not stored
+            x = tl.where(mask, x, 0.0)
+        codes, scales = encode(x, (FORMAT // 128 >> SLOT) % 2)
         tl.store(slot_ptrs, codes, mask=mask)
         tl.store(scale_ptr + offset // GROUP + rows, scales, mask=rows * GROUP < left)
     elif FORMAT % 8 == NOISY:
