@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## train a small GPT with torch.optim and with fusedlr, and d
 	$(RUN) examples/train_char_gpt.py $(ARGS)
 
 test: $(INSTALLED) ## run the tests
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 $(ARGS)
 
 bench: $(INSTALLED) ## time fusedlr against torch.optim on this machine's GPU, or on its CPU
 	$(RUN) bench/run.py --device auto --out $(OUT) $(ARGS)

@@ -11,6 +11,7 @@ setup(
     packages=[
         "fusedlr",
         "fusedlr.backends",
+        "fusedlr.clipping",
         "fusedlr.integrations",
         "fusedlr.kernels",
         "fusedlr.optimizers",

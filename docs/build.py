@@ -10,11 +10,10 @@ drawn from, so that checking needs no drawing.
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
-import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,9 @@ DOCS = Path(__file__).resolve().parent
 if str(DOCS) not in sys.path:  # imported by a test, this file does not bring its folder along
     sys.path.insert(0, str(DOCS))
 
+from clipping_page import clipping_page  # noqa: E402
+from docstrings import arguments, call, code, markdown, sections  # noqa: E402
+from optimizer_pages import FAMILIES, family_page, overview  # noqa: E402
 from schedule_peers import PEERS  # noqa: E402
 
 from fusedlr import schedules  # noqa: E402
@@ -55,16 +57,15 @@ class Picture(NamedTuple):
         from matplotlib import pyplot
 
         schedule = eval(self.expression, {**vars(schedules), "math": math})
-        rows = schedule.rows(1.0)
         figure, axes = pyplot.subplots(figsize=(4.6, 1.9), dpi=110)
-        values = [schedules.value(rows, t) for t in range(self.steps)]
+        values = [schedule(t, 1.0) for t in range(self.steps)]
         axes.plot(range(self.steps), values, color="#1f5fa8", linewidth=1.6)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7, length=2)
-        axes.set_xlabel("step", fontsize=7)
+        axes.set_xlabel(schedule._axis, fontsize=7)
         axes.set_title(self.expression, fontsize=7, family="monospace")
         self.path.parent.mkdir(exist_ok=True)
         figure.savefig(self.path, bbox_inches="tight", metadata={"Description": self.mark, "Software": None})
@@ -78,34 +79,14 @@ class Page(NamedTuple):
     pictures: list[Picture]
 
 
-def sections(thing: Any) -> dict[str, str]:
-    """The parts of a docstring: "" for what comes first, then "Args", "Raises", "Source" and "Example"."""
-    parts = re.split(r"^(Args|Raises|Source|Example):\n", inspect.getdoc(thing) or "", flags=re.MULTILINE)
-    found = {"": parts[0].strip()}
-    found |= {name: inspect.cleandoc(text).strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-    return {name: text.replace("``", "`") for name, text in found.items()}
-
-
-def arguments(text: str) -> str:
-    """The arguments as a list, an item each."""
-    items = re.split(r"\n(?=\w+: )", text)
-    return "\n".join(f"- `{name}`: {' '.join(rest.split())}" for name, rest in (item.split(": ", 1) for item in items))
-
-
-def call(thing: Any) -> str:
-    """How a class or function is called, without annotations."""
-    parameters = inspect.signature(thing).parameters.values()
-    return f"{thing.__name__}({', '.join(str(p.replace(annotation=p.empty)) for p in parameters)})"
-
-
 def entry(thing: Any, picture: Picture | None, level: str = "###") -> str:
     """The section of one class or function: its call, formula, picture, arguments, errors and source."""
     told = sections(thing)
     image = [f"![{picture.expression}](images/{picture.name}.png)"] if picture else []
-    parts = [f"{level} {thing.__name__}", f"    {call(thing)}", told[""], *image]
+    parts = [f"{level} {thing.__name__}", f"    {call(thing)}", markdown(told[""]), *image]
     parts += [arguments(told["Args"])] if "Args" in told else []
-    parts += [f"Raises: {' '.join(told['Raises'].split())}"] if "Raises" in told else []
-    parts += [f"Source: {' '.join(told['Source'].split())}"] if "Source" in told else []
+    parts += [f"Raises: {code(' '.join(told['Raises'].split()))}"] if "Raises" in told else []
+    parts += [f"Source: {code(' '.join(told['Source'].split()))}"] if "Source" in told else []
     return "\n\n".join(parts)
 
 
@@ -127,6 +108,8 @@ SCHEDULES: dict[str, dict[str, tuple[str, int]]] = {
         "SqrtDecay": ("SqrtDecay(0.1)", 120),
         "InverseTimeDecay": ("InverseTimeDecay(0.1)", 120),
         "PowerDecay": ("PowerDecay(0.1, 2.0)", 120),
+        "TimeDecay": ('TimeDecay(0.1, unit="minutes")', 120),
+        "Plateau": ("", 0),
     },
     "Recipes and cycles": {
         "WSD": ('WSD(15, 55, 30, decay="1-sqrt", min_lr=0.05)', 110),
@@ -177,7 +160,8 @@ def peers_tables() -> str:
         "## From other libraries",
         "b is the base learning rate of the group, n the length, w the warm-up. Every row is tested against the "
         "formula in the library's source. torch's own schedulers are read by `from_torch`. What follows a metric, as "
-        "transformers' `reduce_lr_on_plateau` and timm's `PlateauLRScheduler` do, has no curve, and no row.",
+        "transformers' `reduce_lr_on_plateau` and timm's `PlateauLRScheduler` do, has no curve, and no row: "
+        "use `Plateau`.",
     ]
     for library, peers in PEERS.items():
         rows = [f"| `{peer.theirs}` | `{peer.ours}` | {peer.note} |" for peer in peers]
@@ -198,7 +182,17 @@ def schedules_page() -> Page:
     return Page("\n\n".join(parts) + "\n", pictures)
 
 
-PAGES: dict[str, Callable[[], Page]] = {"schedules.md": schedules_page}
+def _texts(make: Callable[..., str], *args: str) -> Page:
+    """A page without pictures."""
+    return Page(f"{NOTE}\n\n{make(*args)}\n", [])
+
+
+PAGES: dict[str, Callable[[], Page]] = {
+    "schedules.md": schedules_page,
+    "clipping.md": partial(_texts, clipping_page),
+    "optimizers.md": partial(_texts, overview),
+    **{f"optimizers/{family}.md": partial(_texts, family_page, family) for family in FAMILIES},
+}
 
 
 def stale(name: str) -> list[str]:
@@ -212,6 +206,7 @@ def stale(name: str) -> list[str]:
 def write(name: str) -> None:
     """Write a page, and draw those of its pictures that are missing or of something else."""
     page = PAGES[name]()
+    (DOCS / name).parent.mkdir(exist_ok=True)
     (DOCS / name).write_text(page.text, encoding="utf-8")
     for picture in page.pictures:
         if not picture.is_current():

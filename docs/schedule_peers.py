@@ -27,6 +27,11 @@ PEERS: dict[str, list[Peer]] = {
             "rises again after n; without `periodic` it stays at 0",
         ),
         Peer(
+            "cosine (w, n, num_cycles=c)",
+            "Warmup(w, offset=0).then(Cosine((n - w) // (2 * c), periodic=True))",
+            "where 2c divides n - w",
+        ),
+        Peer(
             "cosine_with_restarts (w, n, num_cycles=c)",
             "Warmup(w, offset=0).then(CosineRestarts((n - w) // c).for_steps(n - w)).then(Constant(0.0))",
             "where c divides n - w",
@@ -37,9 +42,14 @@ PEERS: dict[str, list[Peer]] = {
             "Warmup(w, offset=0).then(SqrtDecay(1 / s))",
             "s is w where it is not given",
         ),
+        Peer("inverse_sqrt (0)", "SqrtDecay(1 / 10_000)", "without a warm-up, the timescale is 10,000"),
         Peer(
             "cosine_with_min_lr (w, n, min_lr=m)",
             "Warmup(w, offset=0).then(Cosine(n - w, min_lr=m, periodic=True))",
+        ),
+        Peer(
+            "cosine_with_min_lr (w, n, min_lr_rate=r)",
+            "Warmup(w, offset=0).then(Cosine(n - w, min_lr=r * b, periodic=True))",
         ),
         Peer(
             "cosine_warmup_with_min_lr (w, n, min_lr=m)",
@@ -62,6 +72,11 @@ PEERS: dict[str, list[Peer]] = {
             'warmup_stable_decay (w, s, d, decay_type="1-sqrt", min_lr_ratio=r)',
             'Warmup(w, start_factor=r, offset=0).then(WSD(1, s - 1, d, "1-sqrt", min_lr=r * b))',
         ),
+        Peer(
+            'warmup_stable_decay (w, s, d, warmup_type="1-sqrt", min_lr_ratio=r)',
+            "Lambda(lambda t: r + (1 - r) * (1 - math.sqrt(1 - t / w)), w).then(Constant(steps=s))"
+            ".then(Cosine(d, min_lr=r * b))",
+        ),
     ],
     "timm": [
         Peer(
@@ -79,6 +94,10 @@ PEERS: dict[str, list[Peer]] = {
             "CosineRestarts(n, mult=2, decay=g).for_steps(7 * n).then(Constant(0.0))",
             "timm's decay takes the minimum along, here it is 0",
         ),
+        Peer(
+            "CosineLRScheduler (n, k_decay=k)",
+            "Lambda(lambda t: (1 + math.cos(math.pi * (t / n) ** k)) / 2, n).then(Constant(0.0))",
+        ),
         Peer("StepLRScheduler (n, g, warmup_t=w)", "Warmup(w, offset=0).then(StepDecay(n, g))"),
         Peer(
             "MultiStepLRScheduler (milestones, g)",
@@ -86,6 +105,10 @@ PEERS: dict[str, list[Peer]] = {
             "one step earlier",
         ),
         Peer("PolyLRScheduler (n, power=k, lr_min=m)", "Polynomial(n, k, min_lr=m)"),
+        Peer(
+            "PolyLRScheduler (n, power=2, k_decay=k)",
+            "Lambda(lambda t: (1 - (t / n) ** k) ** 2, n).then(Constant(0.0))",
+        ),
         Peer(
             "TanhLRScheduler (n, lb=-7, ub=3)",
             "Lambda(lambda t: (1 - math.tanh(-7 * (1 - t / n) + 3 * t / n)) / 2, n).then(Constant(0.0))",
@@ -101,7 +124,15 @@ PEERS: dict[str, list[Peer]] = {
         ),
         Peer("exponential_decay (b, n, g, end_value=m)", "ExponentialDecay(1 - g, every=n, min_lr=m)"),
         Peer("exponential_decay (b, n, g, staircase=True)", "ExponentialDecay(1 - g, every=n, staircase=True)"),
+        Peer(
+            "exponential_decay (b, n, g, transition_begin=w)",
+            "Constant(steps=w).then(ExponentialDecay(1 - g, every=n))",
+        ),
         Peer("cosine_decay_schedule (b, n, alpha=r)", "Cosine(n, min_lr=r * b)", "exponent 1"),
+        Peer(
+            "cosine_decay_schedule (b, n, alpha=r, exponent=k)",
+            "Lambda(lambda t: r + (1 - r) * ((1 + math.cos(math.pi * t / n)) / 2) ** k, n).then(Constant(r))",
+        ),
         Peer(
             "piecewise_constant_schedule (b, {7: g, 19: r})",
             "product(MultiStepDecay([7], g), MultiStepDecay([19], r))",
@@ -110,6 +141,10 @@ PEERS: dict[str, list[Peer]] = {
         Peer(
             'piecewise_interpolate_schedule ("linear", b, {7: g, 19: r})',
             "Linear(7, 1.0, g).then(Linear(12, g, g * r))",
+        ),
+        Peer(
+            'piecewise_interpolate_schedule ("cosine", b, {7: g, 19: r})',
+            "Cosine(7, min_lr=g * b).then(product(Constant(g), Cosine(12, min_lr=r * b)))",
         ),
         Peer("warmup_constant_schedule (f*b, b, w)", "Warmup(w, start_factor=f, offset=0)"),
         Peer(

@@ -2,9 +2,9 @@
 
 from . import clipping, schedules
 from .optimizer import FusedOptimizer
-from .optimizers import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
+from .optimizers import LAMB, LARS, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
 from .precision import Precision
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "FusedOptimizer", "Lion", "NAdam",
-           "Precision", "RAdam", "RMSprop", "__version__", "clipping", "schedules"]  # fmt: skip
+__all__ = ["LAMB", "LARS", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "FusedOptimizer", "Lion",
+           "NAdam", "Precision", "RAdam", "RMSprop", "__version__", "clipping", "schedules"]  # fmt: skip
 __version__ = "0.1.0"

@@ -2,13 +2,14 @@
 
 torch's distributed checkpoints keep nothing but ``state`` and ``param_groups``, and rebuild a group from the keys the
 live group has. So fusedlr's own data, all of it plain, lives in every group under the key ``fusedlr``: the clock ``t``,
-the skipped steps, and the marks of what fusedlr wrote. Schedules and clipping come from the code that builds the
-optimizer, not from a checkpoint, which holds their ``repr`` for the reader.
+the skipped steps, the marks of what fusedlr wrote, and (in the first group alone) what the clip remembers of the norms.
+Schedules and clipping come from the code that builds the optimizer, not from a checkpoint, which holds their ``repr``
+for the reader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,30 +17,35 @@ from torch import Tensor
 
 from .conversion import full_slot, full_weight
 from .groups import GROUP_KEY
+from .live import Metered, plain
 from .precision import Precision, check_precision
-from .state import adopt, check_entry, ensure_state, entry_of
+from .state import Bank, adopt, check_entry, ensure_state, entry_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-__all__ = ["as_torch", "check", "full_precision", "own_state", "restore", "revive", "save", "take_own_state"]
+__all__ = ["check", "full_precision", "is_hidden_step", "own_state", "restore", "revive", "save",
+           "take_own_state"]  # fmt: skip
 
 _CODE_KEYS = ("schedule", "clip", "norm_group")
 _OWN = "_fusedlr"
 
 
 def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
-    """(t, skipped steps); where steps may have been skipped on a device, this waits for it."""
-    if optimizer._nonfinite != "skip" or not optimizer._clocks:
+    """(t, skipped steps); where a device may have skipped steps, or replayed them from a graph, this waits for it."""
+    if not (optimizer._may_skip or optimizer._captured) or not optimizer._clocks:
         return optimizer._t, optimizer._skipped_before
     t, skipped = next(iter(optimizer._clocks.values())).tolist()
     optimizer._t = t
     return t, skipped
 
 
-def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """torch's state_dict with fusedlr's data as plain data."""
+def save(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> dict[str, Any]:
+    """torch's state_dict with fusedlr's data as plain data; in the format "torch", with torch's state alone."""
+    if format not in ("fusedlr", "torch"):
+        raise ValueError(f"format must be 'fusedlr' or 'torch', but got {format!r}")
     t, skipped = sync_clock(optimizer)
+    statistics = optimizer._records.save()
     state = state_dict["state"]
     state_dict["state"] = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state.items()}
     for group in state_dict["param_groups"]:
@@ -47,14 +53,22 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         group[GROUP_KEY] = {
             "t": t,
             "skipped_steps": skipped,
+            # Once is enough: AutoClip may remember thousands of norms.
+            "clip_statistics": statistics if group is state_dict["param_groups"][0] else [],
             "base": dict(marks["base"]),
             "written": dict(marks["written"]),
+            **_live(marks),
         }
         if optimizer._precision != Precision():
             group[GROUP_KEY]["seed"] = optimizer._precision.seed
         for key in _CODE_KEYS:
             group[key] = None if group[key] is None else repr(group[key])
-    return state_dict
+    return state_dict if format == "fusedlr" else _as_torch(optimizer, state_dict)
+
+
+def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of what a group's schedules follow beside the steps, where they follow something."""
+    return {"live": {name: plain(state) for name, state in marks["live"].items()}} if "live" in marks else {}
 
 
 def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
@@ -62,6 +76,7 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"a state_dict needs the keys 'state' and 'param_groups', but got {sorted(state_dict)}")
+    optimizer._records.check(_statistics(state_dict))
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         # The saved flags will rule, and with them other state may be needed.
@@ -71,6 +86,12 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
             check_precision(optimizer._precision, leaf.dtype, rule)
             if key in state_dict["state"]:
                 check_entry(leaf, state_dict["state"][key], rule)
+
+
+def _statistics(state_dict: Mapping[str, Any]) -> Any:
+    """What the clip remembered, from the group that has it."""
+    found = (group.get(GROUP_KEY, {}).get("clip_statistics") for group in state_dict["param_groups"])
+    return next((statistics for statistics in found if statistics), [])
 
 
 def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
@@ -84,7 +105,7 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
         marks = group[GROUP_KEY]
         if "t" in marks:
             saved = marks
-        group[GROUP_KEY] = {"base": dict(marks["base"]), "written": dict(marks["written"])}
+        group[GROUP_KEY] = {"base": dict(marks["base"]), "written": dict(marks["written"]), **_live(marks)}
         if marks is before[GROUP_KEY] and "lr" in group[GROUP_KEY]["written"]:
             # torch's checkpoint: its lr is the last one it used, not somebody's override.
             group[GROUP_KEY]["written"]["lr"] = float(group["lr"])
@@ -96,6 +117,7 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
     optimizer._skipped_before = int(saved.get("skipped_steps", 0))
     for clock in optimizer._clocks.values():
         clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
+    optimizer._records.load(_statistics(state_dict))
     optimizer._bind_groups()
 
 
@@ -112,7 +134,7 @@ def _uncast(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
                     optimizer.state[leaf.param][name] = entry[name]
 
 
-def as_torch(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _as_torch(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state_dict with torch's keys alone in its state, in numbers that torch.optim can step."""
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
@@ -163,17 +185,36 @@ def _largest_step(optimizer: FusedOptimizer) -> int:
     return max((int(leaf.step.item()) for leaf in optimizer._leaves if leaf.step is not None), default=0)
 
 
+def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:
+    """Whether this is the first step ever, with every lr 0, and those that have a schedule overridden.
+
+    torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it. Without
+    any schedule it cannot be told from a warm-up of the user's own that begins at 0, and nothing reads the clock.
+    """
+    lrs = [s for scheduled in optimizer._schedules for s in scheduled if s.name == "lr"]
+    if optimizer._t or not banks or not lrs or not all(s.overridden() for s in lrs):
+        return False
+    values = [group["lr"] for group in optimizer.param_groups]
+    return not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in values) and not any(values)
+
+
 def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
     """What copying and pickling must keep beside torch's defaults, state and param groups."""
     t, skipped = sync_clock(optimizer)
+    for s in (s for scheduled in optimizer._schedules for s in scheduled):
+        if isinstance(s.live, Metered):
+            s.live.settle()
     own = {
         "clip": optimizer._clip,
         "precision": optimizer._precision,
         "nonfinite": optimizer._nonfinite,
         "flatten": optimizer._flatten,
         "backend": optimizer._backend,
+        "grad_divisor": optimizer._grad_divisor,
+        "fold_grad_scale": optimizer._step_supports_amp_scaling,
         "t": t,
         "skipped": skipped,
+        "statistics": optimizer._records.save(),
         "last_lr": [lr.clone() if isinstance(lr, Tensor) else lr for lr in optimizer._last_lr],
     }
     return {_OWN: own}
@@ -192,9 +233,12 @@ def revive(optimizer: FusedOptimizer, own: Mapping[str, Any]) -> None:
     optimizer._nonfinite = own["nonfinite"]
     optimizer._flatten = own["flatten"]
     optimizer._backend = own["backend"]
+    optimizer.grad_divisor = own["grad_divisor"]
+    optimizer.fold_grad_scale = own["fold_grad_scale"]
     optimizer._reset()
     optimizer._t = own["t"]
     optimizer._skipped_before = own["skipped"]
     optimizer._last_lr = own["last_lr"]
+    optimizer._records.load(own["statistics"])
     optimizer._register()
     _take_in(optimizer)

@@ -17,10 +17,11 @@ from .rule import Rule
 from .state import Leaf
 
 if TYPE_CHECKING:
-    from .backends import Executor
+    from .backends import Executor, Knobs
 
 __all__ = ["Plan", "check_gradients"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Comparison = Callable[[Sequence[Any]], bool]
 
 
@@ -44,6 +45,11 @@ class Plan:
         """Whether the gradients have the shapes, strides and dtypes that they had when they were last checked."""
         return self._same(grads)
 
+    def still_fits(self, grads: list[Tensor]) -> bool:
+        """Whether the parameters lie where they did, and the gradients have the dtypes that they had."""
+        pairs = zip(self.leaves, grads, strict=True)
+        return not any(leaf.moved() or g.dtype != leaf.grad_dtype for leaf, g in pairs)
+
     def layout(self, grads: list[Tensor]) -> None:
         """Check the gradients one by one, and tell the executors which lie in their parameter's order."""
         check_gradients(self.leaves, grads)
@@ -51,6 +57,18 @@ class Plan:
         ordered = [lies_like(g, leaf) for g, leaf in zip(grads, self.leaves, strict=True)]
         for executor in self.executors:
             executor.layout(executor.part(ordered))
+
+    def run(self, grads: list[Tensor], knobs: Knobs) -> bool:
+        """Measure, decide, apply; whether the host knows that the step was skipped."""
+        if knobs.measures:
+            for executor in self.executors:
+                executor.measure(executor.part(grads), knobs)
+        skipped = False
+        for executor in self.executors:
+            skipped = executor.decide(knobs) or skipped
+        for executor in self.executors:
+            executor.apply(executor.part(grads), knobs)
+        return skipped
 
 
 def never(grads: Sequence[Any]) -> bool:
@@ -102,6 +120,12 @@ def in_order(g: Tensor, leaf: Leaf) -> Tensor:
     return g.as_strided((leaf.numel,), (1,))
 
 
+def _permitted(param: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the user told torch that a gradient may have a dtype that its parameter has not."""
+    meant = getattr(param, "grad_dtype", param.dtype)
+    return dtype in _DTYPES and (meant is None or meant == dtype)
+
+
 def check_gradients(leaves: Sequence[Leaf], grads: Sequence[Any]) -> None:
     """Raise an error that says which gradient is not what its parameter needs."""
     for leaf, g in zip(leaves, grads, strict=True):
@@ -115,8 +139,11 @@ def check_gradients(leaves: Sequence[Leaf], grads: Sequence[Any]) -> None:
             raise ValueError(f"{where}: only real floating-point parameters can be stepped")
         if g.shape != leaf.shape:
             raise ValueError(f"{where} has shape {tuple(g.shape)}; a gradient must have the shape of its parameter")
-        if g.dtype != leaf.dtype:
-            raise ValueError(f"{where} has dtype {g.dtype}; cast the gradient to the dtype of its parameter")
+        if g.dtype != leaf.dtype and not _permitted(leaf.param, g.dtype):
+            raise ValueError(
+                f"{where} has dtype {g.dtype}; cast the gradient to the dtype of its parameter, or say by "
+                "parameter.grad_dtype, where torch has that, that it is meant"
+            )
         if g.device != leaf.device:
             raise ValueError(f"{where} lies on {g.device}; move the gradient to the device of its parameter")
         if type(leaf.param.data) is not Tensor:

@@ -13,8 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from .clipping import Clip
+from .live import check_lowest, make_live
+from .precision import Precision, check_precision
+from .rule import Rule
 from .schedules import Schedule
-from .schedules.program import Row
+from .schedules.live import live_part
+from .schedules.program import Kind, Row
 from .schedules.program import value as value_at
 
 __all__ = [
@@ -22,8 +26,10 @@ __all__ = [
     "ScheduleArg",
     "Scheduled",
     "as_schedules",
+    "check_parameters",
     "own_tensors",
     "read",
+    "scalars_at",
     "scheduled_scalars",
     "write",
 ]
@@ -52,6 +58,24 @@ def write(group: dict[str, Any], name: str, value: float) -> None:
         group[name] = value
 
 
+def check_parameters(
+    params: Sequence[Tensor], rule: Rule, precision: Precision, clip: Clip | None, optimizer: str
+) -> None:
+    """Raise a ValueError for a parameter that cannot be stepped as asked."""
+    for p in params:
+        if p.is_complex():
+            raise ValueError(
+                f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
+                "use torch.view_as_real(parameter), or torch.optim for it"
+            )
+        check_precision(precision, p.dtype, rule)
+    if clip is not None and clip.scope == "unit" and rule.trust is not None:
+        raise ValueError(
+            f"clip={clip!r} and the trust ratio of {optimizer} both scale by the norms of weights, and are not "
+            "combined; use a clip of the gradients alone, such as clipping.GlobalNorm"
+        )
+
+
 def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> dict[str, Schedule]:
     """The argument ``schedule`` as a dict by scalar; errors name what can be scheduled.
 
@@ -76,8 +100,13 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
                 f"schedule[{name!r}] must be a schedule of fusedlr.schedules, "
                 f"but got {value!r} ({type(value).__name__})"
             )
-    if "max_norm" in schedule and not hasattr(clip, "max_norm"):
+    if "max_norm" in schedule and getattr(clip, "max_norm", None) is None:
         raise ValueError(f"schedule['max_norm'] needs a clip with a max_norm, such as clip=1.0, but clip is {clip!r}")
+    if "max_norm" in schedule and live_part(schedule["max_norm"]) is not None:
+        raise ValueError(
+            f"schedule['max_norm'] cannot follow a metric or the time, but got {schedule['max_norm']!r}; "
+            "use a schedule of the steps"
+        )
     return _with_momentum(dict(schedule), names)
 
 
@@ -102,9 +131,9 @@ def _with_momentum(schedules: dict[str, Schedule], names: tuple[str, ...]) -> di
 class Scheduled:
     """One scheduled scalar of one group."""
 
-    __slots__ = ("_rows", "_rows_base", "_shown", "_version", "group", "name", "schedule")
+    __slots__ = ("_rows", "_rows_base", "_shown", "_version", "group", "live", "name", "schedule")
 
-    def __init__(self, group: dict[str, Any], name: str, schedule: Schedule) -> None:
+    def __init__(self, group: dict[str, Any], name: str, schedule: Schedule, index: int) -> None:
         self.group = group
         self.name = name
         self.schedule = schedule
@@ -121,6 +150,7 @@ class Scheduled:
         marks["written"].setdefault(name, float(current))
         if isinstance(current, Tensor) and not _differs(current, marks["written"][name]):
             self._shown, self._version = current, current._version
+        self.live = make_live(marks, name, schedule, index)
         self.at(0)  # a base below the schedule's minimum is an error now, not at the first step
 
     @property
@@ -136,12 +166,22 @@ class Scheduled:
             return current is not self._shown or current._version != self._version
         return _differs(current, self.group[GROUP_KEY]["written"][self.name])
 
-    def at(self, t: int) -> float:
-        """The scheduled value at step t; the rows are made again only when the base changes."""
+    @property
+    def rows(self) -> list[Row]:
+        """The program; it is made again only when the base changes."""
         base = self.base
         if base != self._rows_base:
             self._rows, self._rows_base = self.schedule.rows(base), base
-        return value_at(self._rows, t)
+        return self._rows
+
+    def at(self, t: int, number: float | None = None) -> float:
+        """The scheduled value at step t; ``number`` takes the place of the one that it follows beside the steps."""
+        rows = self.rows
+        if self.live is not None:
+            if number is None:
+                number = self.live.number(next((row.values[0] for row in rows if row.kind == Kind.LIVE), 0.0))
+            rows = [row._replace(values=(number,)) if row.kind == Kind.LIVE else row for row in rows]
+        return value_at(rows, t)
 
     def show(self, used: float) -> None:
         """Write the value that a step used into the group."""
@@ -168,6 +208,32 @@ def own_tensors(groups: Sequence[dict[str, Any]], schedules: Sequence[Mapping[st
                 group[name] = tensor.clone()
 
 
-def scheduled_scalars(group: dict[str, Any], schedules: Mapping[str, Schedule]) -> list[Scheduled]:
-    """The scheduled scalars of a group (``max_norm`` belongs to the clip, not to a group)."""
-    return [Scheduled(group, name, s) for name, s in schedules.items() if name != "max_norm"]
+def scheduled_scalars(
+    group: dict[str, Any], schedules: Mapping[str, Schedule], index: int, groups: int | None = None
+) -> list[Scheduled]:
+    """The scheduled scalars of group ``index`` of so many (``max_norm`` belongs to the clip, not to a group)."""
+    own = {name: s for name, s in schedules.items() if name != "max_norm"}
+    for schedule in own.values():
+        check_lowest(schedule, index, groups)
+    return [Scheduled(group, name, s, index) for name, s in own.items()]
+
+
+def scalars_at(
+    t: int,
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[Sequence[str]],
+    schedules: Sequence[Sequence[Scheduled]],
+) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
+    """The hyper-parameters of step t, one dict a group, and which of them a schedule drives, to what value.
+
+    The groups themselves are not changed.
+    """
+    values, driven = [], []
+    for group, wanted, scheduled in zip(groups, names, schedules, strict=True):
+        scalars = {name: read(group, name) for name in wanted}
+        for s in scheduled:
+            if not s.overridden():
+                scalars[s.name] = value = s.at(t)
+                driven.append((s, value))
+        values.append(scalars)
+    return values, driven

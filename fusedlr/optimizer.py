@@ -11,18 +11,30 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from . import checkpoint
-from .backends import Backend, Executor, Knobs, choose_backend, executors_for
+from . import capture, checkpoint, live, scaling
+from .backends import Backend, Knobs, check_one_executor, choose_backend, executors_for
 from .clipping import Clip, as_clip
+from .clipping.records import Records
 from .flat import rehome
 from .gather import Plan, check_gradients
-from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, own_tensors, read, scheduled_scalars
-from .precision import Precision, as_precision, check_precision
+from .groups import (
+    GROUP_KEY,
+    ScheduleArg,
+    Scheduled,
+    as_schedules,
+    check_parameters,
+    own_tensors,
+    scalars_at,
+    scheduled_scalars,
+)
+from .precision import Precision, as_precision
 from .rule import Rule
-from .state import Bank, Leaf, Mark, adopt, check_entry, ensure_state, entry_of, entry_views, watched
+from .state import Bank, Leaf, Mark, adopt_replaced, ensure_state, watched
 
 if TYPE_CHECKING:
     from .integrations.lr_scheduler import FusedLRScheduler
@@ -43,6 +55,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     _namesake: ClassVar[type[torch.optim.Optimizer]]
+    grad_divisor = scaling.grad_divisor
+    fold_grad_scale = scaling.fold_grad_scale
 
     def __init__(
         self,
@@ -69,6 +83,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._nonfinite = nonfinite
         self._flatten = bool(flatten)
         self._backend: Backend = choose_backend(backend)
+        self._grad_divisor: Any = scaling.UNSCALED.divisor
+        self._step_supports_amp_scaling = False
         self._reset()
         defaults = {**self._validated(defaults), "schedule": schedule, "clip": self._clip, "norm_group": None}
         super().__init__(params, defaults)
@@ -88,7 +104,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._clocks: dict[torch.device, Tensor] = {}
         self._skipped_before = 0
+        self._records = Records(self._clip)
+        self._may_skip = self._nonfinite == "skip"
         self._last_lr: list[Any] = []
+        self._captured: list[Any] = []  # what graphs of captured steps hold the addresses of
+        self._replayed: capture.ReplayedClock | None = None
 
     @abstractmethod
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -114,6 +134,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def last_lr(self) -> list[float]:
         """The lr of the last step, one float a param group, from the host's own evaluation (no wait for a device)."""
+        capture.follow(self)
         return [float(lr) for lr in self._last_lr or (group["lr"] for group in self.param_groups)]
 
     @property
@@ -130,12 +151,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self) -> Tensor:
-        """How many steps ``nonfinite="skip"`` has skipped: a 0-dim int64 device tensor."""
+        """How many steps ``nonfinite="skip"`` or a scaler's ``found_inf`` skipped: a 0-dim int64 device tensor."""
         return self._clock(self._device())[1]
 
     @property
     def steps_taken(self) -> int:
         """The clock t, as far as the host knows: steps taken, those skipped not counted."""
+        capture.follow(self)
         return self._t
 
     def _device(self) -> torch.device:
@@ -149,7 +171,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def next_lr(self) -> list[float]:
         """The lr that the next step will use, one float a param group."""
-        return [float(values["lr"]) for values in self._scalars()]
+        capture.follow(self)
+        return [float(values["lr"]) for values in self._scalars()[0]]
+
+    @torch.no_grad()
+    def report(self, metric: float | Tensor) -> None:
+        """Tell a ``Plateau`` the metric it follows, a number or a 0-dim tensor; a GPU is not waited for.
+
+        Raises:
+            TypeError: the metric is no real number.
+            ValueError: no schedule of this optimizer is or holds a ``Plateau``.
+        """
+        live.report(self, metric)
 
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("\n")
@@ -195,19 +228,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _prepare_group(self, group: dict[str, Any]) -> None:
         rule = self._rule(group)
-        for p in group["params"]:
-            check_precision(self._precision, p.dtype, rule)
-            if p.is_complex():
-                raise ValueError(
-                    f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
-                    "use torch.view_as_real(parameter), or torch.optim for it"
-                )
+        check_parameters(group["params"], rule, self._precision, self._clip, type(self).__name__)
         group["clip"] = self._clip
         marks = group.setdefault(GROUP_KEY, {})
         marks.setdefault("base", {})
         marks.setdefault("written", {})
         schedules = as_schedules(group["schedule"], rule.scalars, self._clip)
-        scheduled_scalars(group, schedules)
+        scheduled_scalars(group, schedules, len(self.param_groups) - 1)
 
     def _register(self) -> None:
         """Take note of all parameters; move into flat buffers those that are new and can be moved."""
@@ -231,7 +258,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         given = [as_schedules(group["schedule"], self._rule(group).scalars, self._clip) for group in groups]
         self._max_norm_schedule = next((s["max_norm"] for s in given if "max_norm" in s), None)
         own_tensors(groups, given)
-        self._schedules = [scheduled_scalars(*pair) for pair in zip(groups, given, strict=True)]
+        before, n = self._schedules, len(groups)
+        self._schedules = [scheduled_scalars(group, given[i], i, n) for i, group in enumerate(groups)]
+        live.carry(before, self._schedules)
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -245,8 +274,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: for a gradient that does not fit its parameter; nothing has changed then.
             FloatingPointError: with ``nonfinite="raise"``, for an inf or NaN; nothing has changed then.
         """
-        if torch._C._autograd._profiler_enabled() or any(
-            (_global_pre_hooks, _global_post_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
+        if is_dynamo_compiling():  # never true but where torch.compile traces this, whose graph ends here
+            return _step_outside_graphs(self, closure)
+        if (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or torch._C._autograd._profiler_enabled()
         ):
             return _hooked_step(self, closure)
         return self._step(closure)
@@ -268,13 +303,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _take_step(self) -> None:
+        scale = scaling.scale_of(self)
         plan, grads, banks = self._gather()
         if not grads:
             return
+        if self._captured:
+            capture.follow(self)
+        captures = False
         for executor in plan.executors:
-            arrived = executor.arrived_clock()
+            arrived = None if self._captured else executor.arrived_clock()
             self._t = self._t if arrived is None else arrived
-        scalars = self._scalars()
+            captures = captures or executor.captures()
+        if captures:
+            capture.check_captured(self, plan)
+        advance = not checkpoint.is_hidden_step(self, banks)
+        if advance:
+            live.tick(self._schedules, self._t)
+        scalars, driven = self._scalars()
         knobs = Knobs(
             scalars=scalars,
             maximize=[bool(group["maximize"]) for group in self.param_groups],
@@ -283,20 +328,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             t=self._t,
             clip=self._clip,
             clip_numbers=self._clip_numbers(),
+            scale=scale,
             nonfinite=self._nonfinite,
-            advance=not self._is_hidden_step(banks),
+            may_skip=self._may_skip,
+            advance=advance,
             grad_norm=self.last_grad_norm,
             clock=self._clock,
+            records=self._records,
         )
         try:
-            skipped = _run(plan, grads, knobs)
-        except (FloatingPointError, ValueError):  # from decide, before anything was written
+            skipped = plan.run(grads, knobs)
+        except (FloatingPointError, ValueError, capture.CaptureError):  # before anything was written
             for bank in banks:
                 bank.move_out(self.state)
             self._plan = None
             raise
-        if not skipped:
-            self._show(scalars)
+        if captures:  # nothing has run: that the clock and the lr move will be heard of the replays
+            self._captured += [executor.hand_over() for executor in plan.executors]
+        if self._captured and self._replayed is not None:
+            self._replayed.record(self._clock(self._device()))
+        if not skipped and not captures:
+            self._show(scalars, driven)
             self._t += knobs.advance
 
     def _gather(self) -> tuple[Plan, list[Tensor], list[Bank]]:
@@ -323,7 +375,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         present = [g for g in grads if g is not None]
         kept = plan is not None and plan.active == active and plan.ptrs == ptrs and not touched
         # Where a gradient lies otherwise, its parameter may have become another view of the same memory.
-        if plan is not None and kept and rules == self._rules and not any(leaf.moved() for leaf in plan.leaves):
+        if plan is not None and kept and rules == self._rules and plan.still_fits(present):
             plan.layout(present)
             return plan, present, []
         return self._replan(rules, active, ptrs, present)
@@ -331,32 +383,30 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _replan(
         self, rules: list[Rule], active: list[bool], ptrs: list[int], grads: list[Tensor]
     ) -> tuple[Plan, list[Tensor], list[Bank]]:
+        capture.check_planned(self._leaves)
         self._plan = None
         for leaf in self._leaves:
             if leaf.moved():
                 leaf.locate()
         leaves = [leaf for leaf, is_active in zip(self._leaves, active, strict=True) if is_active]
         check_gradients(leaves, grads)
+        for leaf, g in zip(leaves, grads, strict=True):
+            leaf.grad_dtype = g.dtype
         executors = executors_for(self._backend, leaves)
-        self._check_one_executor(executors)
-        self._adopt_replaced(rules)
+        guards = self._nonfinite != "propagate" or self._may_skip
+        check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
+        adopt_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
         plan = Plan(leaves, rules, active, ptrs, executors)
         for executor in executors:
             executor.prepare(rules)
         plan.layout(grads)
+        if self._replayed is None and self._device().type == "cuda":
+            self._replayed = capture.ReplayedClock(self._device())
         self._rules = rules
         self._plan = plan
         self._watch_state()
         return plan, grads, banks
-
-    def _check_one_executor(self, executors: list[Executor]) -> None:
-        needs_all = self._nonfinite != "propagate" or (self._clip is not None and self._clip.scope is not None)
-        if len(executors) > 1 and needs_all:
-            raise ValueError(
-                "clip and nonfinite need all gradients on one kind of device: a norm over both the CPU and a GPU would "
-                "have to wait for the GPU in every step; use one optimizer for the parameters of each"
-            )
 
     def _clock(self, device: torch.device) -> Tensor:
         """The int64 tensor (t, skipped steps) of a device."""
@@ -367,16 +417,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             clock[1].fill_(self._skipped_before)
         return self._clocks[device]
 
-    def _scalars(self) -> list[dict[str, Any]]:
-        """The hyper-parameters of the next step, one dict a group; the groups themselves are not changed."""
-        values = []
-        for group, scheduled in zip(self.param_groups, self._schedules, strict=True):
-            scalars = {name: read(group, name) for name in self._rule(group).scalars}
-            for s in scheduled:
-                if not s.overridden():
-                    scalars[s.name] = s.at(self._t)
-            values.append(scalars)
-        return values
+    def _scalars(self) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
+        names = [self._rule(group).scalars for group in self.param_groups]
+        return scalars_at(self._t, self.param_groups, names, self._schedules)
 
     def _clip_numbers(self) -> tuple[float, float, float]:
         if self._clip is None:
@@ -386,24 +429,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             max_norm = self._max_norm_schedule(self._t, max_norm)
         return max_norm, eps, limit
 
-    def _show(self, scalars: list[dict[str, Any]]) -> None:
-        for values, scheduled in zip(scalars, self._schedules, strict=True):
-            for s in scheduled:
-                if not s.overridden():
-                    s.show(values[s.name])
+    def _show(self, scalars: list[dict[str, Any]], driven: list[tuple[Scheduled, float]]) -> None:
+        for scheduled, value in driven:
+            scheduled.show(value)
         self._last_lr = [values["lr"] for values in scalars]
-
-    def _is_hidden_step(self, banks: list[Bank]) -> bool:
-        """Whether this is the first step ever, with every lr 0, and those that have a schedule overridden.
-
-        torch.distributed.checkpoint creates an optimizer's state by such a step; the clock does not count it. Without
-        any schedule it cannot be told from a warm-up of the user's own that begins at 0, and nothing reads the clock.
-        """
-        lrs = [s for scheduled in self._schedules for s in scheduled if s.name == "lr"]
-        if self._t or not banks or not lrs or not all(s.overridden() for s in lrs):
-            return False
-        values = [group["lr"] for group in self.param_groups]
-        return not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in values) and not any(values)
 
     # ---- state that others touch -------------------------------------------------------------------------------
 
@@ -411,20 +440,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Learn from now on when somebody puts other dicts or tensors into ``self.state``."""
         self._watched = watched(self.state, self._mark)
         self.state = self._watched
-
-    def _adopt_replaced(self, rules: list[Rule]) -> None:
-        """Bring replaced state into the banks; a parameter whose state was removed starts anew, as in torch."""
-        changed = []
-        for leaf in self._leaves:
-            if leaf.bank is None or not leaf.fits(rules[leaf.group]):
-                continue
-            entry = self.state.get(leaf.param) or {}
-            if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
-                check_entry(leaf, entry, rules[leaf.group])
-                changed.append((leaf, entry))
-        for leaf, entry in changed:
-            adopt(leaf, entry)
-            self.state[leaf.param] = entry_of(leaf, entry)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -435,10 +450,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             format: "fusedlr", every array as it is stored; or "torch", what torch.optim can load: 8-bit state decoded
                 to float32, scales and further bits of the weights left out.
         """
-        if format not in ("fusedlr", "torch"):
-            raise ValueError(f"format must be 'fusedlr' or 'torch', but got {format!r}")
-        saved = checkpoint.save(self, super().state_dict())
-        return saved if format == "fusedlr" else checkpoint.as_torch(self, saved)
+        return checkpoint.save(self, super().state_dict(), format)
 
     @torch.no_grad()
     def full_precision_parameters(self) -> dict[Tensor, Tensor]:
@@ -476,21 +488,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 # The step as torch.optim wraps it, for whoever has registered hooks or records a profile.
 _hooked_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
+# The step where torch.compile is at work: run as it is, with nothing in it traced, so that nothing in it recompiles.
+_step_outside_graphs = _disable_dynamo(FusedOptimizer.step)
 
-
-def _is_view(value: Any, view: Tensor) -> bool:
-    """Whether a state entry still is the bank's own memory."""
-    return isinstance(value, Tensor) and value.data_ptr() == view.data_ptr() and value.shape == view.shape
-
-
-def _run(plan: Plan, grads: list[Tensor], knobs: Knobs) -> bool:
-    """Measure, decide, apply; whether the host knows that the step was skipped."""
-    if knobs.measures:
-        for executor in plan.executors:
-            executor.measure(executor.part(grads), knobs)
-    skipped = False
-    for executor in plan.executors:
-        skipped = executor.decide(knobs) or skipped
-    for executor in plan.executors:
-        executor.apply(executor.part(grads), knobs)
-    return skipped

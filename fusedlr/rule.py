@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["UNSIGNED", "AtenRule", "Rule", "averaged", "averaged_square", "decayed", "expm1_log", "minus",
+__all__ = ["UNSIGNED", "AtenRule", "Rule", "Trust", "averaged", "averaged_square", "decayed", "expm1_log", "minus",
            "minus_ratio", "sqrt", "where"]  # fmt: skip
 
 # Slots that hold sums or averages of squares, or largest magnitudes: nothing negative. Eight bits hold them better
@@ -21,6 +21,25 @@ UNSIGNED = frozenset({"acc_delta", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "s
 AtenRule = Callable[
     [Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[Tensor]], Tensor, Mapping[str, Any], bool], None
 ]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """A trust ratio: how far a tensor moves, by its own norm beside that of a direction.
+
+    Between the row and the update, the backends find the Euclidean norms of each tensor and of its direction, and
+    replace the last field of the tensor's row, ``trust``, by their ratio. Both functions have twins in
+    ``kernels/trust_rules.py``.
+
+    Args:
+        direction: ``direction(p, g, *slots, h)`` gives a tensor like ``p``; pure, as ``update`` is.
+        ratio: ``ratio(p_norm, norm, h)`` gives the trust ratio, in float64.
+        slots: the keys of the state tensors that ``direction`` takes, the first of the rule's.
+    """
+
+    direction: Callable[..., Tensor]
+    ratio: Callable[..., Any]
+    slots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,7 @@ class Rule:
         start: what each slot, then each carried number, is before the first step; empty for zeros.
         fold: other scalars with which ``aten`` makes of the gradients what it makes of ``factor`` times them with
             these; ``fold(step, factor, scalars)`` is None where there are none. Saves a pass over large gradients.
+        trust: the trust ratio that becomes the last field of the row before ``update`` sees it, or None.
         cancels: whether ``update`` subtracts one state tensor from another, so that neither may be rounded coarsely.
     """
 
@@ -59,6 +79,7 @@ class Rule:
     carried: tuple[str, ...] = ()
     start: tuple[float, ...] = ()
     fold: Callable[[float, float, dict[str, float]], dict[str, float] | None] | None = None
+    trust: Trust | None = None
     cancels: bool = False
 
     @property

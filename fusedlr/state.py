@@ -22,7 +22,7 @@ from .flat import SMALL, Home, aligned, dense_strides, is_dense, memory_view, ow
 from .precision import GROUP, Precision, Storage, storage_of
 from .rule import Rule
 
-__all__ = ["Bank", "Leaf", "Mark", "adopt", "check_entry", "ensure_state", "entry_of", "entry_views",
+__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_of", "entry_views",
            "watched"]  # fmt: skip
 
 # Between the starts of a bank's slots modulo a page. Streams at equal places within their pages compete for the same
@@ -45,6 +45,7 @@ class Leaf:
         "dtype",
         "extra",
         "flat",
+        "grad_dtype",
         "group",
         "home",
         "index",
@@ -76,6 +77,7 @@ class Leaf:
         self.extra: Tensor | None = None
         self.step: Tensor | None = None
         self.carried: tuple[Tensor, ...] = ()
+        self.grad_dtype = param.dtype  # of the gradients that the plan was made for
         self.locate()
 
     def locate(self) -> None:
@@ -312,6 +314,26 @@ def _put(number: Tensor, value: Any, otherwise: float) -> None:
         number.fill_(otherwise if value is None else float(value))
     elif value.data_ptr() != number.data_ptr():
         number.copy_(value.reshape(()))
+
+
+def adopt_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> None:
+    """Bring replaced state into the banks; a parameter whose state was removed starts anew, as in torch."""
+    changed = []
+    for leaf in leaves:
+        if leaf.bank is None or not leaf.fits(rules[leaf.group]):
+            continue
+        entry = state.get(leaf.param) or {}
+        if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
+            check_entry(leaf, entry, rules[leaf.group])
+            changed.append((leaf, entry))
+    for leaf, entry in changed:
+        adopt(leaf, entry)
+        state[leaf.param] = entry_of(leaf, entry)
+
+
+def _is_view(value: Any, view: Tensor) -> bool:
+    """Whether a state entry still is the bank's own memory."""
+    return isinstance(value, Tensor) and value.data_ptr() == view.data_ptr() and value.shape == view.shape
 
 
 def check_entry(leaf: Leaf, entry: Any, rule: Rule) -> None:

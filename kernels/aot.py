@@ -42,47 +42,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import formats, launch, rules
+from . import launch, launch_trust, rules
+from .aot_formats import COMPILED, FORMATS
 from .apply import apply
 from .decide import decide
 from .measure import EUCLID, LARGEST, POWER, measure
 from .step import step
+from .trust import trust_norms, trust_ratios
+from .units import unit_fold, unit_measure
 
 __all__ = ["FORMATS", "Kernel", "Loop", "Report", "compile_kernel", "kernel_name", "kernels"]
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _SHORT = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
-INT8 = torch.int8
-
-
-class Format(NamedTuple):
-    """A storage: the dtype of the state (None: the parameter's), its kind, that of the weights, and whose it is."""
-
-    held: torch.dtype | None
-    state: str
-    weights: str
-    dtypes: tuple[torch.dtype, ...]
-
-
-# The storages that differ in their code. 8-bit weights are compiled with stochastic rounding, which takes more.
-FORMATS = {
-    "param": Format(None, "plain", "plain", (FP32, BF16, FP16, FP64)),
-    "fp32": Format(FP32, "plain", "plain", (BF16, FP16)),
-    "noisy": Format(None, "plain", "noisy", (BF16, FP16)),
-    "fp32_master": Format(FP32, "plain", "master", (BF16, FP16)),
-    "fp32_split16": Format(FP32, "plain", "split16", (BF16,)),
-    "bf16_noisy": Format(BF16, "noisy", "noisy", (BF16,)),
-    "bf16_split16": Format(BF16, "noisy", "split16", (BF16,)),
-    "int8": Format(INT8, "int8", "plain", (FP32, BF16)),
-    "int8_noisy": Format(INT8, "int8", "noisy", (BF16,)),
-    "int8_master": Format(INT8, "int8", "master", (BF16,)),
-    "int8_split16": Format(INT8, "int8", "split16", (BF16,)),
-    "int8_split8": Format(INT8, "int8", "noisy8", (BF16,)),
-}
-# Every rule is compiled in the first two; a rule of two slots in all, and some others in the one that takes most.
-_COMPILED = {"adamw": tuple(FORMATS)} | dict.fromkeys(
-    ("sgd_momentum", "adam_amsgrad", "adadelta", "nadam"), ("param", "fp32", "int8_split8")
-)
 _MODES = {int(EUCLID.value): "euclid", int(LARGEST.value): "largest", int(POWER.value): "power"}
 
 
@@ -170,7 +142,26 @@ def _measure(dtype: torch.dtype, mode: int) -> Kernel:
     return Kernel(name, measure, signature, constants, launch.THREADS, True, dtype.itemsize)
 
 
-def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard: bool) -> Kernel:
+def _unit_measure(dtype: torch.dtype) -> Kernel:
+    types = {"segments_ptr": "*i64", "units_ptr": "*i64", "pieces_ptr": "*i32", "norms_ptr": "*fp64"}
+    constants = {"G": launch.DTYPES[dtype], "P": launch.DTYPES[dtype], "WIDTH": 5}
+    signature = _signature(unit_measure, types | {"weights_offset": "i32"}, constants)
+    return Kernel(kernel_name("units", "measure", dtype), unit_measure, signature, constants, launch.THREADS, True, 0.0)
+
+
+def _unit_fold(dtype: torch.dtype) -> Kernel:
+    pointers = {"units": "*i64", "blocks": "*i32", "norms": "*fp64", "record": "*fp64", "partials": "*fp64"}
+    types = {f"{name}_ptr": kind for name, kind in pointers.items()}
+    types |= {"factors_ptr": "*fp64" if dtype == FP64 else "*fp32"}
+    types |= dict.fromkeys(("weights_offset", "first_partial", "scale_offset"), "i32")
+    constants = {"WIDE": launch.wide(dtype)}
+    signature = _signature(unit_fold, types, constants)
+    return Kernel(kernel_name("units", "fold", dtype), unit_fold, signature, constants, launch.THREADS, True, 0.0)
+
+
+def _decide(
+    rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard: bool, threshold: str | None = None
+) -> Kernel:
     hyper, row = rules.RULES[rule]
     constants = launch.decide_constants(
         row,
@@ -183,13 +174,19 @@ def _decide(rule: str, dtype: torch.dtype, scope: str | None, factor: str, guard
         n_row_scalars=len(getattr(rules, row).arg_names) - 1 - rules.CARRIED.get(row, 0),  # all but step
         n_fields=len(getattr(rules, hyper)._fields),
         dtype=dtype,
+        threshold_name=threshold,
     )
     wide = "*fp64" if dtype == FP64 else "*fp32"
     pointers = {"partials": "*fp64", "tensors": "*i64", "scalars": "*fp64", "addresses": "*i64", "values": "*fp64"}
     pointers |= {"tracks": "*i64", "program": "*fp64", "table": "*fp64", "clock": "*i64", "rows": wide, "norm": "*fp32"}
     types = {f"{name}_ptr": kind for name, kind in {**pointers, "skip": "*i32"}.items()}
+    if threshold is None:
+        constants = constants | {"record_ptr": None}
+    else:
+        types["record_ptr"] = "*fp64"
     types |= {name: "i32" for name in decide.arg_names if name not in types} | {"norm_type": "fp32"}
-    name = kernel_name("decide", row.removesuffix("_row"), dtype, f"{scope or 'none'}{'-guard' if guard else ''}")
+    form = threshold.removesuffix("_threshold") if threshold else scope or "none"
+    name = kernel_name("decide", row.removesuffix("_row"), dtype, f"{form}{'-guard' if guard else ''}")
     return Kernel(name, decide, _signature(decide, types, constants), constants, launch.THREADS, False, 0.0)
 
 
@@ -197,7 +194,7 @@ def _slots(rule: str) -> int:
     return len(getattr(rules, rule).arg_names) - 3  # all but p, g and h
 
 
-def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = False) -> Kernel:
+def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = False, units: bool = False) -> Kernel:
     hyper, _ = rules.RULES[rule]
     form, slots = FORMATS[state], _slots(rule)
     held = form.held or dtype
@@ -208,7 +205,8 @@ def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = Fa
         dtype=dtype,
         grad_dtype=dtype,
         state_dtypes=(held,) * slots,
-        storage=(form.state, form.weights, tuple(i > 0 for i in range(slots))),
+        storage=form.storage(slots),
+        units=units,
     )
     types = {
         "segments_ptr": "*i64",
@@ -218,16 +216,45 @@ def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = Fa
         "n_chunks": "i32",
         "chunk_size": "i32",
     }
-    name = kernel_name("apply", rule, dtype, "clamp" if clamp else state)
-    scale = 4 / formats.GROUP.value if form.state == "int8" else 0
-    extra = sum(formats.EXTRA_BYTES[form.weights])
-    moved = 3 * dtype.itemsize + 2 * slots * (held.itemsize + scale) + 2 * extra
+    if units:
+        types |= {"units_ptr": "*i64", "factors_ptr": "*fp64" if dtype == FP64 else "*fp32"}
+    else:
+        constants = constants | {"units_ptr": None, "factors_ptr": None}
+    name = kernel_name("units-apply" if units else "apply", rule, dtype, "clamp" if clamp else state)
+    moved = 3 * dtype.itemsize + 2 * slots * form.bytes_of_slot(dtype) + 2 * form.extra
     return Kernel(name, apply, _signature(apply, types, constants), constants, launch.THREADS, True, moved)
+
+
+def _trust(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = False) -> Iterator[Kernel]:
+    """The two launches of a rule's trust ratio."""
+    hyper, _ = rules.RULES[rule]
+    form, slots = FORMATS[state], _slots(rule)
+    held = form.held or dtype
+    norms, ratios = launch_trust.trust_constants(
+        rule,
+        hyper,
+        clamp=clamp,
+        dtype=dtype,
+        grad_dtype=dtype,
+        state_dtypes=(held,) * slots,
+        storage=form.storage(slots),
+    )
+    types = dict.fromkeys((*trust_norms.arg_names, *trust_ratios.arg_names), "i32")
+    types |= {"segments_ptr": "*i64", "chunks_ptr": "*i32", "tensors_ptr": "*i64", "sums_ptr": "*fp64"}
+    types |= {"rows_ptr": "*fp64" if dtype == FP64 else "*fp32", "skip_ptr": "*i32"}
+    moved = 2 * dtype.itemsize + norms["SLOTS"] * form.bytes_of_slot(dtype) + form.extra
+    name = kernel_name("norms", rule, dtype, "clamp" if clamp else state)
+    signature = _signature(trust_norms, types, norms)
+    yield Kernel(name, trust_norms, signature, norms, launch.THREADS, True, moved)
+    if state == "param" and not clamp and dtype.itemsize >= 4:  # those of narrower dtypes are float32's
+        name, signature = kernel_name("ratios", rule, dtype), _signature(trust_ratios, types, ratios)
+        yield Kernel(name, trust_ratios, signature, ratios, launch.THREADS, False, 0.0)
 
 
 def _step(rule: str, dtype: torch.dtype) -> Kernel:
     parts = _measure(dtype, int(EUCLID.value)), _decide(rule, dtype, "global", "clip_factor", True), _apply(rule, dtype)
-    constants = launch.step_constants(*(part.constants for part in parts))
+    pointers = {"record_ptr", "units_ptr", "factors_ptr"}  # of clips that step leaves to the other kernels
+    constants = launch.step_constants(*({n: c for n, c in p.constants.items() if n not in pointers} for p in parts))
     types = {"barrier_ptr": "*i64"} | {n: t for part in parts for n, t in part.signature.items() if t != "constexpr"}
     moved = sum(part.bytes_per_element for part in parts)
     name = kernel_name("step", rule, dtype)
@@ -255,13 +282,35 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
             for name, form in FORMATS.items():
                 # A rule without state has the formats of its weights alone.
                 differs = form.state == "plain" and form.held is None
-                asked = name in _COMPILED.get(rule, ("param", "fp32"))
+                asked = name in COMPILED.get(rule, ("param", "fp32"))
                 if dtype in form.dtypes and asked and (_slots(rule) or differs):
                     yield _apply(rule, dtype, name)
     yield _apply("adamw", FP32, clamp=True)
+    for rule in ("lamb", "lars"):  # lars_momentum's are those of lars
+        for dtype in (FP32, BF16, FP16, FP64):
+            yield from _trust(rule, dtype)
+    for dtype in (BF16, FP16):
+        yield from _trust("lamb", dtype, "fp32")
+    for state in ("fp32_split16", "int8_split8"):
+        yield from _trust("lamb", BF16, state)
+    yield from _trust("lamb", FP32, clamp=True)
+    for dtype in (FP32, BF16, FP16, FP64):
+        yield _unit_measure(dtype)
+        for rule in ("adamw", "sgd_momentum"):
+            yield _apply(rule, dtype, units=True)
+    for dtype in (FP32, FP64):
+        yield _unit_fold(dtype)
+    for rule in ("adamw", "sgd_momentum", "nadam"):
+        for threshold in ("zclip_threshold", "autoclip_threshold"):
+            yield _decide(rule, FP32, "global", "clip_factor", guard=True, threshold=threshold)
     for rule in ("adamw", "sgd_momentum") if target.backend == "cuda" else ():
         for dtype in (FP32, BF16):
             yield _step(rule, dtype)
+
+
+def _dtype_of(name: str) -> list[str]:
+    """The dtype of the parameters in a kernel's name, which those of its format may follow."""
+    return [part for part in name.split("-") if part in _SHORT.values()][:1]
 
 
 @functools.cache
@@ -403,7 +452,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for the results (default: a temporary one)")
     parser.add_argument("--only", default="", help="compile the kernels whose names contain this")
+    every = ",".join(_SHORT.values())
+    parser.add_argument("--dtypes", default=every, help="compile for parameters of these dtypes (default: %(default)s)")
     options = parser.parse_args(arguments)
+    wanted = set(options.dtypes.split(","))
+    if not wanted <= set(_SHORT.values()):
+        parser.error(f"--dtypes must be some of {every}, but got {options.dtypes!r}")
     try:
         target = target_of(options.arch)
     except ValueError as error:
@@ -411,7 +465,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        reports = [compile_kernel(k, options.arch, out) for k in kernels(target) if options.only in k.name]
+        chosen = [k for k in kernels(target) if options.only in k.name and wanted.intersection(_dtype_of(k.name))]
+        reports = [compile_kernel(kernel, options.arch, out) for kernel in chosen]
         rows = [r._asdict() | {"loops": [loop._asdict() for loop in r.loops]} for r in reports]
         table = {"arch": options.arch, "triton": triton.__version__, "kernels": rows}
         (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")

@@ -20,8 +20,9 @@ from .formats import (
     store_weight,
 )
 from .segments import GRAD, HEAD, PARAM, block_of, chunk_of, pointer
+from .units import factors_of
 
-__all__ = ["apply", "apply_chunk"]
+__all__ = ["apply", "apply_chunk", "arrays_beside", "lanes_of"]
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def arrays_beside(row, state_ptrs, HEAD_AND_SLOTS: tl.constexpr, SLOTS: tl.const
 
 @triton.jit
 def apply_chunk(
-    segments_ptr, chunks_ptr, rows_ptr, skip, chunk, chunk_size,
+    segments_ptr, chunks_ptr, rows_ptr, skip, chunk, chunk_size, units_ptr, factors_ptr, UNITS: tl.constexpr,
     RULE: tl.constexpr, HYPER: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, FIELDS: tl.constexpr,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
@@ -125,16 +126,24 @@ def apply_chunk(
         for offset in range(start, full, BLOCK):
             # Written so that the compiler sees the multiple of 16.
             left = ((stop - offset) // UNIT * UNIT).to(tl.int32)
+            mask = lanes < left
+            scales = grad_scale
+            if UNITS:
+                scales = grad_scale * factors_of(units_ptr, factors_ptr, segment, offset, lanes, mask)
             update_block(
-                p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, key, offset, lanes, left, lanes < left, h, grad_scale,
-                limit, True, RULE, CLIP, ROUND, P, S, SLOTS, WIDE, FORMAT,
+                p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, key, offset, lanes, left, mask, h, scales, limit,
+                True, RULE, CLIP, ROUND, P, S, SLOTS, WIDE, FORMAT,
             )  # fmt: skip
         # One element a thread: eight addresses of each array would cost more registers than the loop above needs.
         few = lanes_of(TAIL, FORMAT)
         for offset in range(full, stop, TAIL):
+            within = offset + few < stop
+            single = grad_scale
+            if UNITS:
+                single = grad_scale * factors_of(units_ptr, factors_ptr, segment, offset, few, within)
             update_block(
                 p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, key, offset, few, (stop - offset).to(tl.int32),
-                offset + few < stop, h, grad_scale, limit, False, RULE, CLIP, ROUND, P, S, SLOTS, WIDE, FORMAT,
+                within, h, single, limit, False, RULE, CLIP, ROUND, P, S, SLOTS, WIDE, FORMAT,
             )  # fmt: skip
 
 
@@ -152,6 +161,9 @@ def apply(
     skip_ptr,
     n_chunks,
     chunk_size,
+    units_ptr,
+    factors_ptr,
+    UNITS: tl.constexpr,  # whether the units of a tensor have factors of their own
     RULE: tl.constexpr,
     HYPER: tl.constexpr,
     CLIP: tl.constexpr,
@@ -170,6 +182,6 @@ def apply(
     # Backward, so that the gradients measured last, still in the L2 cache, are read first.
     chunk = n_chunks - 1 - tl.program_id(0)
     apply_chunk(
-        segments_ptr, chunks_ptr, rows_ptr, tl.load(skip_ptr), chunk, chunk_size,
+        segments_ptr, chunks_ptr, rows_ptr, tl.load(skip_ptr), chunk, chunk_size, units_ptr, factors_ptr, UNITS,
         RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, FORMAT, WIDTH, BLOCK, TAIL,
     )  # fmt: skip

@@ -10,11 +10,12 @@ import triton.language as tl
 from .measure import EUCLID, LARGEST
 from .schedules import schedule_value
 
-__all__ = ["GLOBAL", "NOTHING", "TENSOR", "decide"]
+__all__ = ["GLOBAL", "NOTHING", "TENSOR", "UNIT", "decide"]
 
 NOTHING = tl.constexpr(0)  # scopes of the norm
 GLOBAL = tl.constexpr(1)
 TENSOR = tl.constexpr(2)
+UNIT = tl.constexpr(3)  # the norm is global, and the factors of the units are made elsewhere
 
 TILE = tl.constexpr(16)  # partials of each of LANES tensors that are read at once
 
@@ -164,12 +165,14 @@ def decide(
     rows_ptr,
     norm_ptr,
     skip_ptr,
+    record_ptr,
     ROW: tl.constexpr,
     FACTOR: tl.constexpr,
+    THRESHOLD: tl.constexpr,  # what makes max_norm of the norm and the record of earlier ones, or None
     SCOPE: tl.constexpr,
     MODE: tl.constexpr,
     GUARD: tl.constexpr,  # whether a non-finite norm leaves everything as it was
-    COUNT: tl.constexpr,  # whether it is counted as a skipped step
+    COUNT: tl.constexpr,  # whether that is counted as a skipped step, as one that a scaler asks for is
     LAST: tl.constexpr,  # whether this is the last bucket of the step, which advances the clock
     SCALARS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -182,21 +185,28 @@ def decide(
         scalars_ptr, addresses_ptr, values_ptr, n_scalars, tracks_ptr, program_ptr, table_ptr, n_tracks, max_rows, t,
         LANES,
     )  # fmt: skip
-    # The scalars of the groups, each with its sign behind them, then those of the clip.
-    max_norm = tl.load(values_ptr + n_scalars - 3)
-    eps = tl.load(values_ptr + n_scalars - 2)
-    limit = tl.load(values_ptr + n_scalars - 1)
+    # The scalars of the groups, each with its sign behind them, then those of the clip, then those of the gradients.
+    max_norm = tl.load(values_ptr + n_scalars - 6)
+    eps = tl.load(values_ptr + n_scalars - 5)
+    limit = tl.load(values_ptr + n_scalars - 4)
+    # What the gradients are divided by: accumulated micro-batches, and the loss scale.
+    inverse = 1.0 / (tl.load(values_ptr + n_scalars - 3) * tl.load(values_ptr + n_scalars - 2))
+    found = tl.where(tl.load(values_ptr + n_scalars - 1) == 0.0, 0, 1).to(tl.int64)
 
-    skipped = t * 0
+    skipped = found
     norm = tl.full([], 0.0, tl.float64)
     if SCOPE != NOTHING or GUARD:
-        norm = global_norm(partials_ptr, n_partials, scale_offset, norm_type, MODE, LANES)
+        norm = global_norm(partials_ptr, n_partials, scale_offset, norm_type, MODE, LANES) * inverse
         if SCOPE != NOTHING:
             tl.store(norm_ptr, norm.to(tl.float32))
         if GUARD:
             finite = (norm == norm) & (norm != float("inf"))
-            skipped = tl.where(finite, 0, 1).to(tl.int64)
-    tl.store(skip_ptr, skipped.to(tl.int32))
+            skipped = tl.where(finite, found, 1)
+    # 2 where a scaler has found an inf: nobody is to be told of that by an error.
+    tl.store(skip_ptr, (skipped + found).to(tl.int32))
+    if THRESHOLD is not None:
+        # All buckets see the same record; the last one brings it up to date.
+        max_norm = tl.minimum(max_norm, THRESHOLD(record_ptr, norm, eps, (advance != 0) & LAST & (found == 0)))
 
     lanes = tl.arange(0, LANES)
     for offset in range(0, n_tensors, LANES):
@@ -214,15 +224,14 @@ def decide(
             scalar = tl.load(values_ptr + group * (SCALARS + 1) + i, mask=mask, other=0.5)
             arguments = arguments + (scalar,)  # noqa: RUF005
         sign = tl.load(values_ptr + group * (SCALARS + 1) + SCALARS, mask=mask, other=1.0)
-        factor = tl.zeros([LANES], tl.float64) + 1.0
+        factor = tl.zeros([LANES], tl.float64) + inverse
         if SCOPE == GLOBAL:
             factor = factor * FACTOR(norm, max_norm, eps)
         if SCOPE == TENSOR:
             first = tl.load(tensors_ptr + 4 * at + 2, mask=mask, other=0)
             count = tl.load(tensors_ptr + 4 * at + 3, mask=mask, other=0)
-            factor = FACTOR(
-                tensor_norms(partials_ptr, first, count, scale_offset, norm_type, MODE, LANES), max_norm, eps
-            )
+            norms = tensor_norms(partials_ptr, first, count, scale_offset, norm_type, MODE, LANES) * inverse
+            factor = factor * FACTOR(norms, max_norm, eps)
         numbers = ROW(step, *arguments)
         row_ptr = rows_ptr + at * (FIELDS + 2)
         for i in tl.static_range(FIELDS):
@@ -235,5 +244,7 @@ def decide(
         tl.store(step_ptr, (step - skipped).to(tl.float32), mask=mask)
     if LAST:
         tl.store(clock_ptr, t + advance * (1 - skipped))
+        counted = found
         if COUNT:
-            tl.store(clock_ptr + 1, tl.load(clock_ptr + 1) + skipped)
+            counted = skipped
+        tl.store(clock_ptr + 1, tl.load(clock_ptr + 1) + counted)

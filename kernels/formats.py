@@ -186,14 +186,17 @@ def merge(p, low, BITS: tl.constexpr):
 
 @triton.jit
 def load_weight(p_ptr, extra_ptr, offset, lanes, mask, ALIGNED: tl.constexpr, ROUND: tl.constexpr, P: tl.constexpr,
-                WIDE: tl.constexpr, FORMAT: tl.constexpr):  # fmt: skip
-    """The weight of a block in WIDE; what is kept beside p counts only where it still rounds to p."""
+                WIDE: tl.constexpr, FORMAT: tl.constexpr, OTHER: tl.constexpr = None):  # fmt: skip
+    """The weight of a block in WIDE; what is kept beside p counts only where it still rounds to p.
+
+    OTHER, None or 0, is what masked lanes hold.
+    """
     KIND: tl.constexpr = FORMAT // 8 % 8
-    p = tl.load(block_of(p_ptr, offset, ALIGNED) + lanes, mask=mask)
+    p = tl.load(block_of(p_ptr, offset, ALIGNED) + lanes, mask=mask, other=OTHER)
     if KIND < MASTER:
         w = p.to(WIDE)
     else:
-        extra = tl.load(block_of(extra_ptr, offset, ALIGNED) + lanes, mask=mask)
+        extra = tl.load(block_of(extra_ptr, offset, ALIGNED) + lanes, mask=mask, other=OTHER)
         if KIND == MASTER:
             w = tl.where(ROUND(extra, P) == p, extra, p.to(tl.float32))
         else:
@@ -262,12 +265,12 @@ def decode(codes, scales, UNSIGNED: tl.constexpr):
 
 @triton.jit
 def load_state(slot_ptr, scale_ptr, offset, lanes, left, mask, ALIGNED: tl.constexpr, SLOT: tl.constexpr,
-               WIDE: tl.constexpr, FORMAT: tl.constexpr):  # fmt: skip
+               WIDE: tl.constexpr, FORMAT: tl.constexpr, OTHER: tl.constexpr = None):  # fmt: skip
     """A slot of a block in WIDE. Of 8-bit state a block is whole groups, a row each, but the last of a tensor."""
-    loaded = tl.load(block_of(slot_ptr, offset, ALIGNED) + lanes, mask=mask)
+    loaded = tl.load(block_of(slot_ptr, offset, ALIGNED) + lanes, mask=mask, other=OTHER)
     if FORMAT % 8 == INT8:
         rows = tl.arange(0, lanes.shape[0])[:, None]
-        scales = tl.load(scale_ptr + offset // GROUP + rows, mask=rows * GROUP < left)
+        scales = tl.load(scale_ptr + offset // GROUP + rows, mask=rows * GROUP < left, other=OTHER)
         x = decode(loaded, scales, (FORMAT // 128 >> SLOT) % 2)
     else:
         x = loaded.to(WIDE)

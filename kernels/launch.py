@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import clipping, formats, rules
+from . import adaptive, clipping, formats, rules
 from .apply import apply
-from .decide import GLOBAL, NOTHING, TENSOR, decide
+from .decide import GLOBAL, NOTHING, TENSOR, UNIT, decide
 from .measure import EUCLID, LARGEST, POWER, measure
 from .segments import HEAD
 from .step import step
@@ -49,7 +49,7 @@ DTYPES = {
     torch.int8: tl.int8,
 }
 PLAIN: tuple[str, str, tuple[bool, ...]] = ("plain", "plain", ())
-SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value}
+SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value, "unit": UNIT.value}
 
 
 def wide(dtype: torch.dtype) -> Any:
@@ -93,11 +93,13 @@ def decide_constants(
     n_row_scalars: int,
     n_fields: int,
     dtype: torch.dtype,
+    threshold_name: str | None = None,
 ) -> dict[str, Any]:
     """The compile-time arguments of decide."""
     return {
         "ROW": getattr(rules, row_name),
         "FACTOR": getattr(clipping, factor_name),
+        "THRESHOLD": getattr(adaptive, threshold_name) if threshold_name else None,
         "SCOPE": SCOPES[scope],
         "MODE": mode,
         "GUARD": guard,
@@ -121,6 +123,7 @@ def apply_constants(
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
     storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
+    units: bool = False,
 ) -> dict[str, Any]:
     """The compile-time arguments of apply; the slots of a rule share one dtype.
 
@@ -134,6 +137,7 @@ def apply_constants(
     # Formats that keep so much alive that 8 elements a thread would take more than 64 registers.
     busy = 8 in sizes or rule_name in WIDE_RULES or state in ("noisy", "int8")
     return {
+        "UNITS": units,
         "RULE": getattr(rules, rule_name),
         "HYPER": make_hyper,
         "CLIP": clipping.scale_and_clamp if clamp else clipping.scale,
@@ -153,7 +157,8 @@ def apply_constants(
 
 def step_constants(measure: dict[str, Any], decide: dict[str, Any], apply: dict[str, Any]) -> dict[str, Any]:
     """The compile-time arguments of step: those of its parts, whose blocks may differ in size."""
-    return {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
+    merged = {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
+    return {name: value for name, value in merged.items() if name not in ("THRESHOLD", "UNITS")}
 
 
 def launch_measure(
@@ -199,6 +204,7 @@ def launch_decide(
     rows: Tensor,
     norm: Tensor,
     skip: Tensor,
+    record: Tensor | None = None,
     *,
     row_name: str,
     factor_name: str,
@@ -209,6 +215,7 @@ def launch_decide(
     last: bool,
     n_row_scalars: int,
     dtype: torch.dtype,
+    threshold_name: str | None = None,
 ) -> None:
     """One row a tensor into ``rows``, the norm, the decision to skip, and the counts of steps."""
     decide[(1,)](
@@ -232,6 +239,7 @@ def launch_decide(
         rows,
         norm,
         skip,
+        record,
         **decide_constants(
             row_name,
             factor_name,
@@ -243,6 +251,7 @@ def launch_decide(
             n_row_scalars=n_row_scalars,
             n_fields=rows.shape[1] - 2,
             dtype=dtype,
+            threshold_name=threshold_name,
         ),
         num_warps=NUM_WARPS,
         # A schedule's value is the same on the host and here only if products are rounded before they are added.
@@ -257,6 +266,8 @@ def launch_apply(
     rows: Tensor,
     skip: Tensor,
     chunk_size: int,
+    units: Tensor | None = None,
+    factors: Tensor | None = None,
     *,
     rule_name: str,
     hyper_name: str,
@@ -266,7 +277,7 @@ def launch_apply(
     state_dtypes: tuple[torch.dtype, ...],
     storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> None:
-    """One pass over parameters and state."""
+    """One pass over parameters and state; with ``units``, each unit's gradient by its factor."""
     apply[(n_chunks,)](
         segments,
         chunks,
@@ -274,6 +285,8 @@ def launch_apply(
         skip,
         n_chunks,
         chunk_size,
+        units,
+        factors,
         **apply_constants(
             rule_name,
             hyper_name,
@@ -282,6 +295,7 @@ def launch_apply(
             grad_dtype=grad_dtype,
             state_dtypes=state_dtypes,
             storage=storage,
+            units=units is not None,
         ),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,

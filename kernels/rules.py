@@ -1,7 +1,8 @@
 """The update rules: twins of the references in ``fusedlr/optimizers``.
 
 ``update`` functions are pure and see blocks of float32 (float64 for float64 parameters); ``row`` functions see one lane
-a tensor, in float64. Loads, stores, casts and masks are the skeletons' business.
+a tensor, in float64. Loads, stores, casts and masks are the skeletons' business. Rules with a trust ratio lie in
+``trust_rules.py``, and are found here like the others.
 """
 
 from __future__ import annotations
@@ -11,11 +12,29 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["AdadeltaHyper", "AdagradHyper", "AdamHyper", "AdamaxHyper", "LionHyper", "NAdamHyper", "RAdamHyper",
-           "RMSpropHyper", "SGDHyper", "adadelta", "adadelta_row", "adagrad", "adagrad_row", "adam", "adam_amsgrad",
-           "adam_row", "adamax", "adamax_row", "adamw", "adamw_amsgrad", "lion", "lion_row", "nadam", "nadam_row",
-           "nadamw", "radam", "radam_row", "radamw", "rmsprop", "rmsprop_centered", "rmsprop_centered_momentum",
-           "rmsprop_momentum", "rmsprop_row", "sgd", "sgd_momentum", "sgd_row"]  # fmt: skip
+from . import trust_rules
+from .arithmetic import averaged, averaged_square, decayed, expm1_log, moments, root
+from .trust_rules import (
+    LAMBHyper,
+    LARSHyper,
+    lamb,
+    lamb_direction,
+    lamb_ratio,
+    lamb_row,
+    lars,
+    lars_direction,
+    lars_momentum,
+    lars_ratio,
+    lars_row,
+)
+
+__all__ = ["AdadeltaHyper", "AdagradHyper", "AdamHyper", "AdamaxHyper", "LAMBHyper", "LARSHyper", "LionHyper",
+           "NAdamHyper", "RAdamHyper", "RMSpropHyper", "SGDHyper", "adadelta", "adadelta_row", "adagrad",
+           "adagrad_row", "adam", "adam_amsgrad", "adam_row", "adamax", "adamax_row", "adamw", "adamw_amsgrad",
+           "lamb", "lamb_direction", "lamb_ratio", "lamb_row", "lars", "lars_direction", "lars_momentum",
+           "lars_ratio", "lars_row", "lion", "lion_row", "nadam", "nadam_row", "nadamw", "radam", "radam_row",
+           "radamw", "rmsprop", "rmsprop_centered", "rmsprop_centered_momentum", "rmsprop_momentum", "rmsprop_row",
+           "sgd", "sgd_momentum", "sgd_row"]  # fmt: skip
 
 
 class SGDHyper(NamedTuple):
@@ -119,27 +138,6 @@ class LionHyper(NamedTuple):
     one_minus_beta2: Any
 
 
-@triton.jit
-def expm1_log(count, base):
-    """base**count - 1 in float64: a series near 0, since the interpreter has no expm1."""
-    safe = tl.where(base > 0.0, base, 0.5)
-    x = count * tl.log(safe)
-    near = tl.where(x > -0.1, x, -0.1)
-    series = 1.0 + near / 11.0
-    series = 1.0 + near / 10.0 * series
-    series = 1.0 + near / 9.0 * series
-    series = 1.0 + near / 8.0 * series
-    series = 1.0 + near / 7.0 * series
-    series = 1.0 + near / 6.0 * series
-    series = 1.0 + near / 5.0 * series
-    series = 1.0 + near / 4.0 * series
-    series = 1.0 + near / 3.0 * series
-    series = 1.0 + near / 2.0 * series
-    # Beyond -700 the power is 0 in float64; the bound keeps exp from underflowing.
-    power = tl.exp(tl.where(x > -700.0, x, -700.0))
-    return tl.where(base > 0.0, tl.where(x > -0.1, near * series, power - 1.0), -1.0)
-
-
 # Triton cannot take a class of tuples as a constant, but a function that makes one.
 @triton.jit
 def make_sgd_hyper(f):
@@ -205,6 +203,7 @@ HYPERS: dict[str, tuple[Any, Any]] = {
     "NAdamHyper": (NAdamHyper, make_nadam_hyper),
     "RAdamHyper": (RAdamHyper, make_radam_hyper),
     "LionHyper": (LionHyper, make_lion_hyper),
+    **trust_rules.HYPERS,
 }
 
 
@@ -234,37 +233,6 @@ def adam_row(step, lr, beta1, beta2, eps, weight_decay):
     step_size = lr / -expm1_log(step, beta1)
     bias_correction2_sqrt = tl.sqrt(-expm1_log(step, beta2))
     return decay, weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, eps, step_size, bias_correction2_sqrt
-
-
-@triton.jit
-def root(x):
-    """The square root, rounded to nearest."""
-    # tl.sqrt is approximate and flushes denormals; with eps 0 that would divide by zero where torch does not.
-    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
-
-
-@triton.jit
-def decayed(g, p, weight_decay):
-    """g + weight_decay*p; without decay nothing is added, not 0*p."""
-    return tl.where(weight_decay != 0.0, g + weight_decay * p, g)
-
-
-@triton.jit
-def averaged(avg, x, weight):
-    """avg + (x-avg)*weight."""
-    return avg + (x - avg) * weight
-
-
-@triton.jit
-def averaged_square(avg, g, decay, weight):
-    """avg*decay + g*g*weight."""
-    return avg * decay + g * g * weight
-
-
-@triton.jit
-def moments(g, exp_avg, exp_avg_sq, h):
-    """The two running averages after this gradient."""
-    return averaged(exp_avg, g, h.one_minus_beta1), averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
 
 
 @triton.jit
@@ -487,6 +455,7 @@ RULES = {
     "radam": ("RAdamHyper", "radam_row"),
     "radamw": ("RAdamHyper", "radam_row"),
     "lion": ("LionHyper", "lion_row"),
+    **trust_rules.RULES,
 }
 # How many of the first numbers of a row are carried: they lie behind the tensor's step, and come back in the next.
 CARRIED = {"nadam_row": 1}

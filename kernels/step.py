@@ -71,7 +71,7 @@ def apply_share(
     last = program + (n_chunks - 1 - program) // n_programs * n_programs
     for back in range(0, last + 1, n_programs):
         apply_chunk(
-            segments_ptr, chunks_ptr, rows_ptr, skip, last - back, chunk_size,
+            segments_ptr, chunks_ptr, rows_ptr, skip, last - back, chunk_size, None, None, False,
             RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, FORMAT, WIDTH, BLOCK, TAIL,
         )  # fmt: skip
 
@@ -152,8 +152,8 @@ def step(
         decide(
             partials_ptr, n_partials, scale_offset, norm_type, tensors_ptr, n_tensors, scalars_ptr, addresses_ptr,
             values_ptr, n_scalars, tracks_ptr, program_ptr, table_ptr, n_tracks, max_rows, clock_ptr, advance,
-            rows_ptr, norm_ptr, skip_ptr, ROW, FACTOR, SCOPE, MODE, GUARD, COUNT, LAST, SCALARS, FIELDS, CARRIED, WIDE,
-            LANES,
+            rows_ptr, norm_ptr, skip_ptr, None, ROW, FACTOR, None, SCOPE, MODE, GUARD, COUNT, LAST, SCALARS, FIELDS,
+            CARRIED, WIDE, LANES,
         )  # fmt: skip
         release(barrier_ptr)
     wait(barrier_ptr, released)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from references import Lion
+from references import LAMB, LARS, Lion
 from torch import Tensor
 
 import fusedlr
@@ -42,8 +42,13 @@ class Case:
 
     @property
     def penalty(self) -> bool:
-        decoupled = self.oracle in (torch.optim.AdamW, Lion) or self.kwargs.get("decoupled_weight_decay", False)
+        decoupled = self.oracle in (torch.optim.AdamW, Lion, LAMB) or self.kwargs.get("decoupled_weight_decay", False)
         return bool(self.kwargs.get("weight_decay", 0)) and not decoupled
+
+    @property
+    def trust(self) -> bool:
+        """Whether a step takes the second reduction."""
+        return self.fused in (fusedlr.LAMB, fusedlr.LARS)
 
     @property
     def lr(self) -> float:
@@ -63,6 +68,8 @@ class Case:
         return self.name
 
 
+# The references of what torch.optim does not have.
+OWN: dict[str, type[torch.optim.Optimizer]] = {"LAMB": LAMB, "LARS": LARS, "Lion": Lion}
 _BUFFER = ("momentum_buffer",)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _AMSGRAD = (*_MOMENTS, "max_exp_avg_sq")
@@ -84,7 +91,7 @@ def _adamw(name: str, state: tuple[str, ...] = _MOMENTS, **kwargs: Any) -> Case:
 
 def _row(cls: str, name: str, state: tuple[str, ...], kwargs: dict[str, Any], **own: Any) -> Case:
     """A row of a class without a function of its own; the first row of each class goes through every layout."""
-    oracle = Lion if cls == "Lion" else getattr(torch.optim, cls)
+    oracle = OWN.get(cls) or getattr(torch.optim, cls)
     own = {"every_layout": name == "default", **own}
     return Case(f"{cls.lower()}-{name}", getattr(fusedlr, cls), oracle, {"lr": _LR, **kwargs}, state, **own)
 
@@ -101,6 +108,16 @@ def _radam(name: str, begin: int = 0, **kwargs: Any) -> Case:
 
 def _nadam(name: str, **kwargs: Any) -> Case:
     return _row("NAdam", name, _MOMENTS, kwargs, numbers=("mu_product",))
+
+
+def _lamb(name: str, reach: float = 8.0, **kwargs: Any) -> Case:
+    # A tensor moves by lr times its norm, which is at most 2 an element, spread as its update is.
+    return _row("LAMB", name, _MOMENTS, kwargs, reach=reach)
+
+
+def _lars(name: str, state: tuple[str, ...] = _BUFFER, **kwargs: Any) -> Case:
+    # With trust_coefficient 1 likewise; momenta of up to ten such updates.
+    return _row("LARS", name, state, {"trust_coefficient": 1.0, **kwargs}, reach=40.0)
 
 
 CASES = [
@@ -144,13 +161,22 @@ CASES = [
     _radam("decoupled-maximize", begin=20, weight_decay=0.1, decoupled_weight_decay=True, maximize=True, eps=0.1),
     _row("Lion", "default", ("exp_avg",), {}),
     _row("Lion", "decay-maximize", ("exp_avg",), {"weight_decay": 0.1, "maximize": True}),
+    _lamb("default"),
+    _lamb("no-decay-maximize", weight_decay=0.0, maximize=True, eps=0.1, betas=(0.5, 0.9)),
+    _lamb("as-it-comes", bias_correction=False, grad_averaging=False, trust_clip=True, weight_decay=0.3),
+    _lars("default", momentum=0.9, weight_decay=0.01),
+    _lars("plain", (), trust_coefficient=1e-3),
+    _lars("plain-decay-maximize", (), weight_decay=0.3, eps=0.1, maximize=True),
+    _lars("dampening", momentum=0.9, dampening=0.5, maximize=True),
+    _lars("nesterov", momentum=0.8, nesterov=True, weight_decay=0.1),
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 # One row for each set of state keys: for what depends on the state alone.
 STATEFUL = [
     BY_NAME[name]
     for name in ("sgd-plain", "sgd-momentum", "adam-default", "adamw-amsgrad", "rmsprop-centered-momentum",
-                 "adagrad-decays", "adadelta-default", "adamax-default", "nadam-decay", "lion-default")
+                 "adagrad-decays", "adadelta-default", "adamax-default", "nadam-decay", "lion-default", "lamb-default",
+                 "lars-default")
 ]  # fmt: skip
 
 CLIPS: list[Any] = [

@@ -14,6 +14,10 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
+# Processes that test side by side share the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:

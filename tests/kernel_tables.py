@@ -69,6 +69,7 @@ def decided(
     factor: str = "no_factor",
     scope: str | None = None,
     clip: tuple[float, float, float] = (math.inf, 0.0, math.inf),
+    scale: tuple[float, float, float] = (1.0, 1.0, 0.0),
     signs: Sequence[float] | None = None,
     addresses: dict[tuple[int, int], int] | None = None,
     schedules: dict[tuple[int, int], tuple[Schedule, float]] | None = None,
@@ -93,7 +94,7 @@ def decided(
     numbers_of = [(x, *more) for x, more in zip(steps, carried or [()] * n, strict=True)]
     step = torch.tensor(numbers_of, dtype=torch.float32, device=DEVICE)
     tensors = int64([(g, step[i].data_ptr(), int(firsts[i]), counts[i]) for i, g in enumerate(groups)])
-    numbers = [x for row, sign in zip(scalars, signs, strict=True) for x in (*row, sign)] + list(clip)
+    numbers = [x for row, sign in zip(scalars, signs, strict=True) for x in (*row, sign)] + [*clip, *scale]
     pointers = [0] * len(numbers)
     for (g, i), address in (addresses or {}).items():
         pointers[g * width + i] = address

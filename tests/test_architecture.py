@@ -20,10 +20,10 @@ KERNELS = ROOT / "kernels"
 # Upward only: a module imports modules of a lower layer or of its own (families, backends, schedules among themselves).
 LAYERS = [
     {"schedules", "rule", "flat"},
-    {"clipping", "precision"},
+    {"clipping", "live", "precision", "scaling"},
     {"codecs"},
     {"conversion"},
-    {"groups", "state"},
+    {"capture", "groups", "state"},
     {"gather"},
     {"backends"},
     {"checkpoint"},

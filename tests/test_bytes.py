@@ -123,6 +123,14 @@ STEPS: dict[str, tuple[Any, dict[str, Any], torch.dtype, float]] = {
     "sgd-momentum-fp32": (fusedlr.SGD, {"momentum": 0.9}, torch.float32, 20.4),
     "adamw-bf16-clip": (fusedlr.AdamW, {"clip": CLIP}, torch.bfloat16, 16.4),
 }
+# With a trust ratio: what the direction is made of is read once more. (slots read, limit)
+TRUSTS: dict[str, tuple[Any, dict[str, Any], torch.dtype, int, float]] = {
+    "lamb-fp32-clip": (fusedlr.LAMB, {"clip": CLIP}, torch.float32, 2, 49.0),
+    "lamb-fp32": (fusedlr.LAMB, {}, torch.float32, 2, 44.9),
+    "lamb-bf16-clip": (fusedlr.LAMB, {"clip": CLIP}, torch.bfloat16, 2, 24.5),
+    "lars-momentum-fp32-clip": (fusedlr.LARS, {"momentum": 0.9, "clip": CLIP}, torch.float32, 0, 32.7),
+    "lars-momentum-fp32": (fusedlr.LARS, {"momentum": 0.9}, torch.float32, 0, 28.6),
+}
 
 
 @pytest.mark.parametrize("in_one", [False, True], ids=["three-launches", "one-launch"])
@@ -145,6 +153,46 @@ def test_bytes_of_a_step(traffic: Traffic, monkeypatch: pytest.MonkeyPatch, name
     numel = sum(p.numel() for p in params)
     floor = params[0].element_size() * (3 + 2 * len(keys) + ("clip" in name))
     assert floor < traffic.bytes / numel <= limit
+
+
+@pytest.mark.parametrize("name", TRUSTS)
+def test_bytes_of_a_step_with_a_trust_ratio(traffic: Traffic, name: str) -> None:
+    cls, options, dtype, read, limit = TRUSTS[name]
+    params = parameters(dtype)
+    optimizer = cls(params, lr=1e-3, backend="triton", **options)
+    optimizer.step()
+    state = [[v for v in optimizer.state[p].values() if v.shape == p.shape] for p in params if p.numel() > 1]
+    clipped = "clip" in name
+    for p, slots in zip((p for p in params if p.numel() > 1), state, strict=True):
+        assert traffic.touched(p.grad) == ({2 + clipped}, {0})  # type: ignore[arg-type]
+        assert traffic.touched(p.detach()) == ({2}, {1})
+        assert all(traffic.touched(slot) == ({1 + (i < read)}, {1}) for i, slot in enumerate(slots))
+    floor = params[0].element_size() * (5 + 2 * len(state[0]) + read + clipped)
+    assert floor < traffic.bytes / sum(p.numel() for p in params) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_of_a_step_with_agc(traffic: Traffic, dtype: torch.dtype) -> None:
+    """Gradients and parameters are read once more, by which 28 bytes become 36; the factors come from the cache."""
+    shapes = [*SHAPES, (3, 5000), (300, 40), (2000, 3)]
+    params = parameters(dtype, shapes)
+    params += [torch.nn.Parameter(torch.randn(40, 170).to(dtype).t()), torch.nn.Parameter(torch.randn(9, 1).to(dtype))]
+    for p in params[-2:]:
+        p.grad = torch.randn_like(p)
+    optimizer = fusedlr.AdamW(params, lr=1e-3, backend="triton", clip=clipping.AGC())
+    optimizer.step()
+    for p in params:
+        assert p.grad is not None
+        assert traffic.touched(p.grad) == ({2}, {0})
+        assert traffic.touched(p.detach()) == ({2}, {1})
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert traffic.touched(optimizer.state[p][key]) == ({1}, {1})
+    (units,) = optimizer._plan.executors[0]._units  # type: ignore[union-attr, attr-defined]
+    assert traffic.touched(units.factors)[1] == {1}
+    # The norms of pieces are written once, and read twice: for the largest one, and for the sum.
+    loaded, stored = traffic.touched(units.norms)
+    assert loaded == {2} and stored == {1}
+    assert units.norms.numel() * 24 < 0.25 * sum(p.numel() * p.element_size() for p in params) * 9
 
 
 def test_bytes_of_bfloat16_parameters_with_float32_state(traffic: Traffic) -> None:
@@ -197,17 +245,25 @@ def test_apply_of_every_rule_touches_everything_once(traffic: Traffic, name: str
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_step_of_every_case_touches_everything_once(traffic: Traffic, case: Case) -> None:
+def test_a_step_of_every_case_touches_everything_once_and_once_for_a_trust_ratio(traffic: Traffic, case: Case) -> None:
     params = parameters(torch.float32, [(5, 8), (1,), (1025,)])
     optimizer = case.make(params, backend="triton", clip=CLIP)
     optimizer.step()
-    check_arrays(traffic, params, [[optimizer.state[p][key] for key in case.state] for p in params], 2)
+    states = [[optimizer.state[p][key] for key in case.state] for p in params]
+    if not case.trust:
+        check_arrays(traffic, params, states, 2)
+        return
+    for p, state in zip(params, states, strict=True):
+        assert traffic.touched(p.grad) == ({3}, {0})  # type: ignore[arg-type]
+        assert traffic.touched(p.detach()) == ({2}, {1})
+        assert all(traffic.touched(slot) == ({1 + (case.fused is fusedlr.LAMB)}, {1}) for slot in state)
 
 
-def test_a_skipped_step_reads_gradients_alone(traffic: Traffic) -> None:
+@pytest.mark.parametrize("cls", [fusedlr.AdamW, fusedlr.LAMB])
+def test_a_skipped_step_reads_gradients_alone(traffic: Traffic, cls: Any) -> None:
     params = parameters(torch.float32, [(3000,), (7,)])
     params[1].grad[3] = math.nan  # type: ignore[index]
-    optimizer = fusedlr.AdamW(params, backend="triton", nonfinite="skip")
+    optimizer = cls(params, backend="triton", nonfinite="skip")
     optimizer.step()
     assert int(optimizer.skipped_steps) == 1
     for p in params:

@@ -308,3 +308,16 @@ NO_CLIPS = [(0, ValueError), (-1.0, ValueError), (math.nan, ValueError), (True, 
 def test_what_is_no_clip(clip: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="clip"):
         fusedlr.SGD([torch.nn.Parameter(torch.ones(2))], clip=clip)
+
+
+@pytest.mark.parametrize("clip", [GlobalNorm(1.0, eps=0), TensorNorm(1, eps=0), GlobalNorm(1, "inf", eps=0)], ids=str)
+def test_gradients_of_zeros_without_eps_stay_zeros(clip: Clip, backend: str) -> None:
+    out, _ = clipped([torch.zeros(5), torch.zeros(3)], clip, backend)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in out)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_normalizing_zeros_without_eps_gives_nan(scope: str, backend: str) -> None:
+    """0/0, and no error on either backend."""
+    out, _ = clipped([torch.zeros(5)], Normalize(scope, eps=0), backend)
+    assert out[0].isnan().all()

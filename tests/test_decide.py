@@ -15,7 +15,7 @@ from kernel_tables import DEVICE, decided
 from test_twins import RULES
 
 from fusedlr import schedules
-from fusedlr.clipping import clip_factor, normalize_factor
+from fusedlr.clipping.fixed import clip_factor, normalize_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
 
@@ -63,7 +63,8 @@ def test_bias_corrections_against_exact_arithmetic() -> None:
 
 
 SCALARS = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "alpha": 0.99,
-           "rho": 0.9, "lr_decay": 0.2, "momentum_decay": 4e-3, "dampening": 0.1, "nesterov": 1.0}  # fmt: skip
+           "rho": 0.9, "lr_decay": 0.2, "momentum_decay": 4e-3, "dampening": 0.1, "nesterov": 1.0,
+           "trust_coefficient": 0.02, "bias_correction": 1.0, "grad_averaging": 1.0, "trust_clip": 0.0}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -267,6 +268,36 @@ def test_the_guard_holds_steps_and_clock(count: bool, scope: str | None, bad: fl
     assert int(out.skip) == skipped
     assert out.steps.tolist() == ([3.0, 8.0] if skipped else [4.0, 9.0])
     assert out.clock.tolist() == [11 if skipped else 12, 4 + (skipped and count)]
+
+
+@pytest.mark.parametrize("scope", [None, "global", "tensor"])
+def test_the_scale_divides_norms_and_multiplies_into_factors(scope: str | None) -> None:
+    """3 micro-batches and a loss scale of 2**14; the norms are 5 and 12, and 13 together."""
+    inverse = 1 / (3 * 2.0**14)
+    out = decided(
+        ADAM, [PLAIN, PLAIN], [0.0, 0.0], [0, 1], partials=partials_of([25.0, 144.0]), counts=[1, 1], scope=scope,
+        factor="clip_factor" if scope else "no_factor", clip=(1e-4, 1e-6, 0.5), scale=(3.0, 2.0**14, 0.0),
+        signs=[1.0, -1.0],
+    )  # fmt: skip
+    norms = {None: [0.0, 0.0], "global": [13.0, 13.0], "tensor": [5.0, 12.0]}[scope]
+    wanted = [clip_factor(norm * inverse, 1e-4, 1e-6) * inverse for norm in norms]
+    assert out.rows[:, -2].tolist() == pytest.approx([wanted[0], -wanted[1]], rel=1e-14)
+    assert out.rows[:, -1].tolist() == [0.5, 0.5]  # the limit is of divided gradients
+    if scope:
+        assert float(out.norm) == pytest.approx(13 * inverse, rel=2.0**-23)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0, math.nan])
+@pytest.mark.parametrize(("guard", "count"), [(False, False), (True, False), (True, True)], ids=str)
+def test_found_inf_skips_whatever_the_guard(guard: bool, count: bool, found: float) -> None:
+    skipped = found != 0.0
+    out = decided(
+        ADAM, [PLAIN], [3.0], partials=partials_of([math.nan if skipped else 1.0]), counts=[1], clock=(11, 4),
+        guard=guard, count=count, scale=(1.0, 8.0, found),
+    )  # fmt: skip
+    assert (int(out.skip) > 1) == skipped, "1 is for what nonfinite='raise' raises"
+    assert out.steps.tolist() == [3.0 if skipped else 4.0]
+    assert out.clock.tolist() == [11 if skipped else 12, 4 + skipped]
 
 
 def test_without_a_guard_nothing_is_skipped() -> None:

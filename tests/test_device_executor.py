@@ -29,6 +29,14 @@ MAKERS: dict[str, Any] = {
     "nadam": lambda params, **kw: fusedlr.NAdam(params, lr=0.1, **kw),
     "radam": lambda params, **kw: fusedlr.RAdam(params, lr=0.1, betas=(0.5, 0.9), **kw),
     "lion": lambda params, **kw: fusedlr.Lion(params, lr=0.1, weight_decay=0.1, **kw),
+    "lamb": lambda params, **kw: fusedlr.LAMB(params, lr=0.1, weight_decay=0.1, **kw),
+    "lamb-flags": lambda params, **kw: fusedlr.LAMB(
+        params, lr=0.1, bias_correction=False, grad_averaging=False, trust_clip=True, maximize=True, **kw
+    ),
+    "lars": lambda params, **kw: fusedlr.LARS(params, lr=0.1, weight_decay=0.1, trust_coefficient=1.0, **kw),
+    "lars-nesterov": lambda params, **kw: fusedlr.LARS(
+        params, lr=0.1, momentum=0.9, nesterov=True, trust_coefficient=0.5, **kw
+    ),
 }
 CLIPS = [None, GlobalNorm(1.0), GlobalNorm(1.0, 3.5), TensorNorm(0.5), TensorNorm(0.5, math.inf), Value(0.3)]
 CLIPS += [Normalize("tensor"), Normalize("global")]
@@ -94,7 +102,9 @@ def test_the_same_numbers_as_on_the_host(name: str, clip: Any, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
-@pytest.mark.parametrize("name", ["sgd-dampening", "adam-amsgrad", "adamw", "nadam", "radam"])
+@pytest.mark.parametrize(
+    "name", ["sgd-dampening", "adam-amsgrad", "adamw", "nadam", "radam", "lamb", "lamb-flags", "lars", "lars-nesterov"]
+)
 def test_all_dtypes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     host = train(name, dtype, [None] * 4, clip=1.0)
     monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
@@ -107,7 +117,7 @@ def everything(optimizer: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("clip", [None, GlobalNorm(1.0), TensorNorm(0.5), Value(0.3)], ids=repr)
-@pytest.mark.parametrize("name", ["sgd-dampening", "adamw", "nadam"])
+@pytest.mark.parametrize("name", ["sgd-dampening", "adamw", "nadam", "lamb", "lars-nesterov"])
 def test_skip_leaves_no_trace(name: str, clip: Any, as_on_a_device: None) -> None:
     params = make_params()
     optimizer = MAKERS[name](params, backend="torch", clip=clip, nonfinite="skip")
@@ -244,11 +254,12 @@ def test_a_triton_step_never_waits(
 ) -> None:
     """Everything but the kernels themselves: those are launched, which is no wait."""
     pytest.importorskip("triton")
-    from fusedlr.kernels import launch
+    from fusedlr.kernels import launch, launch_trust
 
     launches = []
-    for kernel in ("launch_measure", "launch_decide", "launch_apply"):
-        monkeypatch.setattr(launch, kernel, lambda *args, _kernel=kernel, **kwargs: launches.append(_kernel))
+    for kernel in ("launch_measure", "launch_decide", "launch_trust", "launch_apply"):
+        module = launch_trust if kernel == "launch_trust" else launch
+        monkeypatch.setattr(module, kernel, lambda *args, _kernel=kernel, **kwargs: launches.append(_kernel))
     params = make_params()
     schedule = {"lr": schedules.Cosine(4, min_lr=0.0)} if scheduled else None
     optimizer = MAKERS[name](params, backend="triton", clip=clip, schedule=schedule)

@@ -36,6 +36,8 @@ MAKERS: dict[str, Any] = {
     "adamax": lambda cls, params, **kw: cls.Adamax(params, lr=0.1, **kw),
     "nadam": lambda cls, params, **kw: cls.NAdam(params, lr=0.1, **kw),
     "radam": lambda cls, params, **kw: cls.RAdam(params, lr=0.1, betas=(0.5, 0.9), **kw),
+    "lamb": lambda cls, params, **kw: cls.LAMB(params, lr=0.1, eps=0.1, **kw),
+    "lars": lambda cls, params, **kw: cls.LARS(params, lr=0.1, momentum=0.9, trust_coefficient=0.5, **kw),
 }
 CLIPS = [None, GlobalNorm(1.0), GlobalNorm(1.0, 3.5), GlobalNorm(1.0, math.inf), TensorNorm(0.5), Value(0.3)]
 CLIPS += [Normalize("tensor"), Normalize("global")]

@@ -163,7 +163,8 @@ def hyper(name: str, step: int) -> Any:
     rule = RULES[name]
     scalars = {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.3, "nesterov": 0.0}
     scalars |= {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "alpha": 0.9, "rho": 0.9, "lr_decay": 0.1}
-    scalars |= {"momentum_decay": 0.3, "mu_product": 0.4}
+    scalars |= {"momentum_decay": 0.3, "mu_product": 0.4, "trust_coefficient": 0.5, "bias_correction": 1.0}
+    scalars |= {"grad_averaging": 1.0, "trust_clip": 0.0}
     return rule.row(step, *(scalars[s] for s in (*rule.carried, *rule.scalars)))
 
 

@@ -11,14 +11,14 @@ from cases import CASES, CLIPS, Case
 
 pytest.importorskip("triton")
 
-from fusedlr.kernels import launch
+from fusedlr.kernels import launch, launch_trust, launch_units
 
 import fusedlr
 from fusedlr import schedules
 from fusedlr.backends import buckets as backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KERNELS = ("launch_measure", "launch_decide", "launch_apply")
+KERNELS = ("launch_measure", "launch_decide", "launch_trust", "launch_apply")
 
 
 class Watch:
@@ -29,7 +29,7 @@ class Watch:
         self.sent: list[Any] = []
         self.run = True
         for name in KERNELS:
-            self._wrap(monkeypatch, name, getattr(launch, name))
+            self._wrap(monkeypatch, name, launch_trust if name == "launch_trust" else launch)
         send = backend.send
 
         def sending(array: Any, device: torch.device) -> torch.Tensor:
@@ -38,13 +38,15 @@ class Watch:
 
         monkeypatch.setattr(backend, "send", sending)
 
-    def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str, original: Any) -> None:
+    def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str, module: Any) -> None:
+        original = getattr(module, name)
+
         def launching(*args: Any, **kwargs: Any) -> None:
             self.launches[name.removeprefix("launch_")] += 1
             if self.run:
                 original(*args, **kwargs)
 
-        monkeypatch.setattr(launch, name, launching)
+        monkeypatch.setattr(module, name, launching)
 
     def clear(self) -> None:
         self.launches.clear()
@@ -82,12 +84,60 @@ def test_three_launches_however_many_tensors_and_groups(watch: Watch) -> None:
 @pytest.mark.parametrize("clip", CLIPS, ids=repr)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_at_most_three_launches_for_every_rule_and_clip(watch: Watch, case: Case, clip: Any, nonfinite: str) -> None:
+    """And those of the trust ratio where the rule has one."""
     watch.run = False
     optimizer = case.make(parameters(3, 2000, 1), backend="triton", clip=clip, nonfinite=nonfinite)
     measures = nonfinite != "propagate" or not (clip is None or isinstance(clip, fusedlr.clipping.Value))
+    wanted = {"measure": int(measures), "decide": 1, "trust": int(case.trust), "apply": 1}
     for _ in range(2):
         optimizer.step()
-        assert watch.launches == {"measure": 1, "decide": 1, "apply": 1} if measures else {"decide": 1, "apply": 1}
+        assert watch.launches == Counter(wanted)
+        watch.clear()
+
+
+@pytest.mark.parametrize("cls", [fusedlr.LAMB, fusedlr.LARS])
+def test_a_trust_ratio_takes_two_launches_however_many_tensors(monkeypatch: pytest.MonkeyPatch, cls: Any) -> None:
+    grids: dict[str, list[tuple[int, ...]]] = {}
+
+    class Counting:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.setdefault(self.name, []).append(grid)
+            return self.kernel[grid]
+
+    for name in ("measure", "decide", "trust_norms", "trust_ratios", "apply"):
+        module = launch_trust if name.startswith("trust") else launch
+        monkeypatch.setattr(module, name, Counting(name, getattr(module, name)))
+    params = parameters(3, 2000, 1, 0)
+    groups = [{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.1}]
+    cls(groups, lr=0.1, backend="triton", clip=1.0).step()
+    # A program a chunk of 1024 elements, and one a tensor.
+    every = ("measure", "trust_norms", "trust_ratios", "apply")
+    assert grids == {"decide": [(1,)]} | {name: [(4,)] for name in every}
+
+
+@pytest.mark.parametrize("clip", [fusedlr.clipping.ZClip(), fusedlr.clipping.AutoClip()], ids=repr)
+def test_norms_that_are_remembered_take_no_launch_more_and_travel_once(watch: Watch, clip: Any) -> None:
+    optimizer = adamw(parameters(3, 2000), clip=clip)
+    for step in range(3):
+        optimizer.step()
+        assert watch.launches == {"measure": 1, "decide": 1, "apply": 1}
+        assert bool(watch.sent) == (step == 0)
+        watch.clear()
+
+
+def test_four_launches_where_units_have_factors(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("launch_unit_measure", "launch_unit_fold"):
+        watch._wrap(monkeypatch, name, launch_units)
+    narrow, empty = parameters(3, 2000, 1), torch.nn.Parameter(torch.zeros(0, 3, device=DEVICE))
+    empty.grad = torch.zeros_like(empty)
+    optimizer = adamw([*narrow, empty], clip=fusedlr.clipping.AGC())
+    for step in range(3):
+        optimizer.step()
+        assert watch.launches == {"unit_measure": 1, "unit_fold": 1, "decide": 1, "apply": 1}
+        assert bool(watch.sent) == (step == 0)
         watch.clear()
 
 
@@ -162,6 +212,20 @@ def test_the_scalars_are_sent_when_somebody_writes_one(watch: Watch) -> None:
     watch.clear()
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.2
+    optimizer.step()
+    assert watch.sent == []
+
+
+def test_a_divisor_of_the_gradients_costs_no_launch_and_one_table(watch: Watch) -> None:
+    optimizer = adamw(parameters(3, 5), lr=0.1, clip=1.0)
+    optimizer.step()
+    watch.clear()
+    optimizer.grad_divisor = 4
+    optimizer.step()
+    (scalars,) = watch.sent
+    assert scalars[-3:].tolist() == [4.0, 1.0, 0.0]
+    assert watch.launches == {"measure": 1, "decide": 1, "apply": 1}
+    watch.clear()
     optimizer.step()
     assert watch.sent == []
 

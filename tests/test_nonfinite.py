@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import references
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ MAKERS: dict[str, Callable[..., fusedlr.FusedOptimizer]] = {
     "sgd-momentum": lambda params, **kw: fusedlr.SGD(params, lr=0.1, momentum=0.9, dampening=0.5, **kw),
     "adam-amsgrad": lambda params, **kw: fusedlr.Adam(params, lr=0.1, amsgrad=True, **kw),
     "adamw": lambda params, **kw: fusedlr.AdamW(params, lr=0.1, **kw),
+    "lamb": lambda params, **kw: fusedlr.LAMB(params, lr=0.1, **kw),
+    "lars-momentum": lambda params, **kw: fusedlr.LARS(params, lr=0.1, momentum=0.9, trust_coefficient=1.0, **kw),
 }
 
 
@@ -159,7 +162,7 @@ def test_huge_finite_gradients_are_not_skipped(backend: str, clip: str) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first-step", "later-step"])
-@pytest.mark.parametrize("name, clip", list(zip(MAKERS, CLIPS, strict=True)))
+@pytest.mark.parametrize("name, clip", list(zip(MAKERS, [*CLIPS, "tensor", "value"], strict=True)))
 def test_raise_changes_nothing(backend: str, name: str, clip: str, first: bool) -> None:
     params = make_params(backend)
     options = {"schedule": schedules.Cosine(10, min_lr=0.0), "nonfinite": "raise", "backend": backend}
@@ -194,8 +197,8 @@ def test_raise_changes_nothing(backend: str, name: str, clip: str, first: bool) 
 def test_propagate_is_torchs_behaviour(backend: str, name: str, clip: str) -> None:
     mine, theirs = make_params(backend), make_params("torch")
     optimizer = MAKERS[name](mine, clip=CLIPS[clip], backend=backend)
-    torch_class: Any = type(optimizer)._namesake
-    accepted = ("lr", "momentum", "dampening", "amsgrad")
+    torch_class: Any = getattr(type(optimizer), "_namesake", None) or getattr(references, type(optimizer).__name__)
+    accepted = ("lr", "momentum", "dampening", "amsgrad", "trust_coefficient")
     reference = torch_class(theirs, **{k: optimizer.defaults[k] for k in accepted if k in optimizer.defaults})
     for i in range(2):
         for params in (mine, theirs):

@@ -21,7 +21,7 @@ from cases import BY_NAME, CASES, CLIPS, dtype_name
 from fusedlr.kernels import launch
 
 import fusedlr
-from fusedlr import schedules
+from fusedlr import clipping, schedules
 
 # Its functions are replaced below; the name `step` in the package would be the kernel.
 step_module: Any = importlib.import_module("fusedlr.kernels.step")
@@ -96,14 +96,31 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Any:
     return compare
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.trust], ids=str)
 def test_every_rule(both: Any, case: Any) -> None:
     both(case, clip=1.0)
+
+
+@pytest.mark.parametrize("name", ["lamb-default", "lars-default"])
+def test_a_rule_with_a_trust_ratio_takes_its_own_launches(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("FUSEDLR_ONE_LAUNCH", "1")
+    monkeypatch.setattr(launch, "launch_step", None)
+    Outcome(BY_NAME[name], clip=1.0)
 
 
 @pytest.mark.parametrize("clip", CLIPS, ids=repr)
 def test_every_clip(both: Any, clip: Any) -> None:
     both(BY_NAME["adamw-default"], clip=clip)
+
+
+@pytest.mark.parametrize("clip", [clipping.AGC(0.05), clipping.ZClip(), clipping.AutoClip()], ids=repr)
+def test_clips_with_a_record_take_the_separate_launches(monkeypatch: pytest.MonkeyPatch, clip: Any) -> None:
+    monkeypatch.setattr(launch, "launch_step", None)
+    outcomes = []
+    for asked in "10":
+        monkeypatch.setenv("FUSEDLR_ONE_LAUNCH", asked)
+        outcomes.append(Outcome(BY_NAME["adamw-default"], clip=clip))
+    assert_same_bits(*outcomes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)

@@ -155,8 +155,9 @@ def check_step_by_step(
             for key in case.state:
                 assert state[key].dtype == dtype
                 assert state[key].shape == p.shape
-                # Moments are made of gradients up to 2 and of their squares.
-                assert_close(state[key], oracle.state[twins[name]][key], unit, 4.0, dtype, f"{key} of {what}")
+                # Moments are made of gradients up to 2 and of their squares; RMSprop's momentum of its updates.
+                scale = case.reach if key == "momentum_buffer" and "square_avg" in case.state else 4.0
+                assert_close(state[key], oracle.state[twins[name]][key], unit, scale, dtype, f"{key} of {what}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

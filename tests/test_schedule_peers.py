@@ -64,6 +64,10 @@ def hf_polynomial(t: int) -> float:
     return (b - m) * (1 - (t - w) / (n - w)) ** k + m
 
 
+def hf_cycles(u: int) -> float:
+    return b * max(0.0, 0.5 * (1.0 + cos(pi * float(c) * 2.0 * (u / max(1, n - w)))))
+
+
 def hf_wsd(warmup: Curve, decay: Curve) -> Curve:
     def factor(t: int) -> float:
         if t < w:
@@ -158,10 +162,13 @@ FORMULAS: dict[str, Curve] = {
     "transformers: constant_with_warmup (w)": lambda t: b * t / max(1.0, w) if t < w else b,
     "transformers: linear (w, n)": warm(lambda u: b * max(0.0, (n - w - u) / max(1, n - w))),
     "transformers: cosine (w, n)": warm(hf_cosine()),
+    "transformers: cosine (w, n, num_cycles=c)": warm(hf_cycles),
     "transformers: cosine_with_restarts (w, n, num_cycles=c)": warm(hf_restarts),
     "transformers: polynomial (w, n, lr_end=m, power=k)": hf_polynomial,
     "transformers: inverse_sqrt (w, timescale=s)": warm(lambda u: b / math.sqrt((u + w + (s - w)) / s)),
+    "transformers: inverse_sqrt (0)": lambda t: b / math.sqrt((t + 10_000) / 10_000),
     "transformers: cosine_with_min_lr (w, n, min_lr=m)": warm(hf_cosine(m)),
+    "transformers: cosine_with_min_lr (w, n, min_lr_rate=r)": warm(hf_cosine(r * b)),
     "transformers: cosine_warmup_with_min_lr (w, n, min_lr=m)": lambda t: (
         b * (t + 1.0) / max(1.0, w) if t < w else hf_cosine(m, 1)(t - w)
     ),
@@ -175,14 +182,19 @@ FORMULAS: dict[str, Curve] = {
     'transformers: warmup_stable_decay (w, s, d, decay_type="1-sqrt", min_lr_ratio=r)': hf_wsd(
         lambda p: p, lambda p: 1.0 - math.sqrt(p)
     ),
+    'transformers: warmup_stable_decay (w, s, d, warmup_type="1-sqrt", min_lr_ratio=r)': hf_wsd(
+        lambda p: 1.0 - math.sqrt(1.0 - p), half_down
+    ),
     "timm: CosineLRScheduler (n, lr_min=m, warmup_t=w, warmup_lr_init=f*b, warmup_prefix=True)": warm(
         timm_cosine, f * b
     ),
     "timm: CosineLRScheduler (n, warmup_t=w, warmup_lr_init=f*b)": timm_global_clock,
     "timm: CosineLRScheduler (n, cycle_mul=2, cycle_decay=g, cycle_limit=3)": timm_cycles,
+    "timm: CosineLRScheduler (n, k_decay=k)": lambda t: 0.5 * b * (1 + cos(pi * t**k / n**k)) if t < n else 0.0,
     "timm: StepLRScheduler (n, g, warmup_t=w)": warm(lambda u: b * g ** (u // n)),
     "timm: MultiStepLRScheduler (milestones, g)": lambda t: b * g ** bisect_right(milestones, t + 1),
     "timm: PolyLRScheduler (n, power=k, lr_min=m)": lambda t: m + (b - m) * (1 - t / n) ** k if t < n else m,
+    "timm: PolyLRScheduler (n, power=2, k_decay=k)": lambda t: b * (1 - t**k / n**k) ** 2 if t < n else 0.0,
     "timm: TanhLRScheduler (n, lb=-7, ub=3)": timm_tanh,
     "timm: t_in_epochs=True": lambda t: 0.5 * b * (1 + cos(pi * (t // s) / n)) if t // s < n else 0.0,
     "optax: constant_schedule": lambda t: b,
@@ -190,9 +202,14 @@ FORMULAS: dict[str, Curve] = {
     "optax: polynomial_schedule (b, m, k, n, transition_begin=w)": lambda t: optax_polynomial(t, w, n, k, b, m),
     "optax: exponential_decay (b, n, g, end_value=m)": lambda t: max(b * g ** (t / n), m),
     "optax: exponential_decay (b, n, g, staircase=True)": lambda t: b * g ** math.floor(t / n),
+    "optax: exponential_decay (b, n, g, transition_begin=w)": lambda t: b * g ** (max(t - w, 0) / n),
+    "optax: cosine_decay_schedule (b, n, alpha=r, exponent=k)": lambda t: (
+        b * ((1 - r) * (0.5 * (1 + cos(pi * min(t, n) / n))) ** k + r)
+    ),
     "optax: cosine_decay_schedule (b, n, alpha=r)": lambda t: optax_cosine(t, n, r),
     "optax: piecewise_constant_schedule (b, {7: g, 19: r})": optax_piecewise_constant,
     'optax: piecewise_interpolate_schedule ("linear", b, {7: g, 19: r})': optax_interpolate({7: g, 19: r}, b, False),
+    'optax: piecewise_interpolate_schedule ("cosine", b, {7: g, 19: r})': optax_interpolate({7: g, 19: r}, b, True),
     "optax: warmup_constant_schedule (f*b, b, w)": lambda t: optax_polynomial(t, 0, w, 1, f * b, b),
     "optax: warmup_cosine_decay_schedule (f*b, b, w, n, end_value=m)": warm(
         lambda u: optax_cosine(u, n - w, m / b), f * b

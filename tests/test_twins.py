@@ -15,11 +15,16 @@ import fusedlr
 from fusedlr import clipping as host_clipping
 from fusedlr import optimizers
 from fusedlr import rule as host_rule
+from fusedlr.backends import units as host_units
+from fusedlr.clipping import adaptive as host_adaptive
 from fusedlr.rule import Rule
 
 pytest.importorskip("triton")
 device_rules: Any = importlib.import_module("fusedlr.kernels.rules")
+trust_rules: Any = importlib.import_module("fusedlr.kernels.trust_rules")
 device_clipping: Any = importlib.import_module("fusedlr.kernels.clipping")
+device_adaptive: Any = importlib.import_module("fusedlr.kernels.adaptive")
+device_units: Any = importlib.import_module("fusedlr.kernels.units")
 
 # Kernel functions without a reference: what the skeleton does to an element, and a strategy without a norm.
 SKELETON = {"scale", "scale_and_clamp", "no_factor"}
@@ -49,7 +54,7 @@ RULES = find_rules()
 FACTORS = {
     cls.factor.__name__: cls.factor
     for cls in (getattr(host_clipping, name) for name in host_clipping.__all__)
-    if inspect.isclass(cls) and cls.factor is not None
+    if inspect.isclass(cls) and callable(cls.factor)  # AGC's is a number
 }
 
 
@@ -57,7 +62,7 @@ def test_the_rules_are_found() -> None:
     assert set(RULES) == {
         "sgd", "sgd_momentum", "adam", "adam_amsgrad", "adamw", "adamw_amsgrad", "rmsprop", "rmsprop_momentum",
         "rmsprop_centered", "rmsprop_centered_momentum", "adagrad", "adadelta", "adamax", "nadam", "nadamw", "radam",
-        "radamw", "lion",
+        "radamw", "lion", "lamb", "lars", "lars_momentum",
     }  # fmt: skip
     assert set(FACTORS) == {"clip_factor", "normalize_factor"}
 
@@ -114,18 +119,55 @@ def test_clip_factors_have_twins(name: str) -> None:
     assert arguments(twin) == arguments(FACTORS[name]) == ["norm", "max_norm", "eps"]
 
 
+@pytest.mark.parametrize("name", device_adaptive.__all__)
+def test_adaptive_thresholds_and_factors_have_twins(name: str) -> None:
+    """The reference reads a tensor where the twin reads memory."""
+    twin, reference = getattr(device_adaptive, name), getattr(host_adaptive, name)
+    assert twin.__name__ == name
+    assert [a.replace("record_ptr", "record") for a in arguments(twin)] == arguments(reference)
+    thresholds = {cls.threshold.__name__ for cls in (host_clipping.ZClip, host_clipping.AutoClip)}
+    assert set(device_adaptive.__all__) == thresholds | {"unit_factor"} <= set(host_adaptive.__all__)
+
+
+def test_the_host_knows_how_the_kernels_join_pieces() -> None:
+    for name in ("FEW", "FEW_UNITS", "MANY_UNITS"):
+        assert getattr(host_units, name) == getattr(device_units, name).value
+
+
 @pytest.mark.parametrize("name", ["expm1_log", "averaged", "averaged_square", "decayed"])
 def test_the_shared_helpers_have_twins(name: str) -> None:
     assert arguments(getattr(device_rules, name)) == arguments(getattr(host_rule, name))
 
 
+@pytest.mark.parametrize("name", sorted(name for name, rule in RULES.items() if rule.trust is not None))
+def test_trust_ratios_have_twins(name: str) -> None:
+    rule = RULES[name]
+    assert rule.trust is not None
+    direction, ratio = rule.trust.direction, rule.trust.ratio
+    for reference in (direction, ratio):
+        twin = getattr(device_rules, reference.__name__)
+        assert twin.__name__ == reference.__name__
+        assert arguments(twin) == arguments(reference)
+    assert arguments(direction) == ["p", "g", *rule.trust.slots, "h"]
+    assert rule.slots[: len(rule.trust.slots)] == rule.trust.slots
+    assert arguments(ratio) == ["p_norm", "norm", "h"]
+    assert rule.hyper._fields[-1] == "trust"
+    assert trust_rules.TRUSTS[name] == (direction.__name__, ratio.__name__)
+
+
+def test_the_rules_with_a_trust_ratio_are_the_same() -> None:
+    assert set(trust_rules.TRUSTS) == {name for name, rule in RULES.items() if rule.trust is not None}
+
+
 def test_no_public_kernel_function_is_without_a_reference() -> None:
     references = {f.__name__ for rule in RULES.values() for f in (rule.update, rule.row, rule.hyper)}
+    trusts = [rule.trust for rule in RULES.values() if rule.trust is not None]
+    references |= {f.__name__ for trust in trusts for f in (trust.direction, trust.ratio)}
     assert set(device_rules.__all__) == references
     assert set(device_clipping.__all__) - SKELETON == set(FACTORS)
 
 
 def test_every_optimizer_runs_by_a_known_rule() -> None:
     for name in optimizers.__all__:
-        optimizer = getattr(fusedlr, name)([torch.nn.Parameter(torch.ones(2))], backend="torch")
+        optimizer = getattr(fusedlr, name)([torch.nn.Parameter(torch.ones(2))], lr=0.1, backend="torch")
         assert optimizer._rule(optimizer.param_groups[0]).name in RULES

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 from torch import Tensor, cuda, device, xpu
 
 from ..clipping import Clip
+from ..clipping.records import Records
 from ..groups import Scheduled
 from ..rule import Rule
+from ..scaling import GradScale
 from ..state import Leaf
 
-__all__ = ["Backend", "Executor", "Knobs", "choose_backend", "executors_for"]
+__all__ = ["Backend", "Executor", "Knobs", "check_one_executor", "choose_backend", "executors_for"]
 
 _T = TypeVar("_T")
 _NAMES = ("auto", "triton", "torch")
@@ -36,10 +38,13 @@ class Knobs:
         t: the clock: steps taken so far, as far as the host knows.
         clip: the clipping strategy, or None.
         clip_numbers: its (max_norm, eps, limit) for this step.
+        scale: what the gradients are divided by, and whether a scaler found an inf.
         nonfinite: "propagate", "skip" or "raise".
+        may_skip: whether steps have been, or may be, skipped: then the clock of the device is the one that counts.
         advance: whether the clock counts this step.
         grad_norm: where the global norm goes, or None.
         clock: gives the int64 tensor (t, skipped steps) of a device.
+        records: what the clip keeps on each device.
     """
 
     scalars: list[dict[str, Any]]
@@ -49,14 +54,17 @@ class Knobs:
     t: int
     clip: Clip | None
     clip_numbers: tuple[float, float, float]
+    scale: GradScale
     nonfinite: str
+    may_skip: bool
     advance: bool
     grad_norm: Tensor | None
     clock: Callable[[device], Tensor]
+    records: Records
 
     @property
     def scope(self) -> str | None:
-        """Over what a norm is needed: "global", "tensor", or None for no norm."""
+        """Over what a norm is needed: "global", "tensor", "unit", or None for no norm."""
         return self.clip.scope if self.clip is not None else None
 
     @property
@@ -100,6 +108,17 @@ class Executor(ABC):
     def arrived_clock(self) -> int | None:
         """The clock, where news of skipped steps has come from a device since it was last asked; never waits."""
         return None
+
+    def captures(self) -> bool:
+        """Whether this step is not taken but captured in a CUDA graph."""
+        return False
+
+    def hand_over(self) -> list[Any]:
+        """What the graph of a captured step reads and writes; the next step makes anew what may change of it."""
+        return []
+
+    def refresh(self) -> None:  # noqa: B027  # most executors read it from the host or where it is kept
+        """Send what schedules follow beside the steps where it is used, after it changed between two steps."""
 
     @abstractmethod
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
@@ -193,3 +212,12 @@ def executors_for(backend: Backend, leaves: list[Leaf]) -> list[Executor]:
 
             executors.append(DeviceExecutor(mine, where))
     return executors
+
+
+def check_one_executor(executors: Sequence[Executor], needs_all: bool) -> None:
+    """Raise an error where a decision about all gradients would have to be made by several executors."""
+    if len(executors) > 1 and needs_all:
+        raise ValueError(
+            "clip, nonfinite and fold_grad_scale need all gradients on one kind of device: what both the CPU and a "
+            "GPU decide would have to wait for the GPU in every step; use one optimizer for the parameters of each"
+        )

@@ -21,9 +21,9 @@ from ..precision import GROUP
 from ..rule import Rule
 from ..state import Leaf
 from .norms import ROW
-from .stored import Place, place_of, places_of
+from .stored import Place, place_of, places_of, wide
 
-__all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces"]
+__all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces", "wide"]
 
 # Elements of a clipped piece of a large tensor, and of scratch that is filled before the operator that reads it is
 # called: they stay in the last cache. Shorter pieces cost more in calls and in started streams than they save.
@@ -42,8 +42,8 @@ def pieces(x: Tensor, size: int = CHUNK) -> Sequence[Tensor]:
 class Batch:
     """One leaf, or small neighbours; ``param`` is None where the only leaf has strides that leave gaps."""
 
-    __slots__ = ("_place", "_plain", "_take", "extra", "gathered", "leaves", "numel", "ordered", "param", "positions",
-                 "scales", "slots", "spans", "storage")  # fmt: skip
+    __slots__ = ("_place", "_plain", "_take", "dtype", "extra", "gathered", "leaves", "numel", "ordered", "param",
+                 "positions", "scales", "slots", "spans", "storage")  # fmt: skip
 
     def __init__(self, positions: list[int], leaves: list[Leaf]) -> None:
         first = leaves[0]
@@ -52,6 +52,8 @@ class Batch:
         self.spans = [(leaf.bank_start - first.bank_start, leaf.numel) for leaf in leaves]
         self.numel = sum(self.spans[-1])
         self.ordered = False
+        # Of gathered gradients: another than the parameters' is not rounded to a narrow one.
+        self.dtype = first.dtype if first.grad_dtype == first.dtype else wide(first.dtype)
         self.gathered: Tensor | None = None  # where the gradients are kept from the norm to the update
         self._place: Place | None = None
         assert first.bank is not None
@@ -117,9 +119,10 @@ class Round(NamedTuple):
 
 
 class Call:
-    """Batches of one group, dtype and count of steps."""
+    """Batches of one group, dtype, dtype of the gradients and count of steps."""
 
-    __slots__ = ("_numbers", "_rounds", "batches", "group", "has_gaps", "has_operator", "leaf", "rule")
+    __slots__ = ("_numbers", "_rounds", "_seen", "_taken", "batches", "converts", "group", "has_gaps", "has_operator",
+                 "leaf", "rule")  # fmt: skip
 
     def __init__(self, rule: Rule, batches: list[Batch]) -> None:
         self.rule = rule
@@ -127,26 +130,41 @@ class Call:
         self.leaf = batches[0].leaves[0]
         self.group = self.leaf.group
         self._numbers = list(_spans([leaf for batch in batches for leaf in batch.leaves]))
+        self._seen: list[bytes] = []  # the numbers as they were when they were last known to be ...
+        self._taken: list[float] | None = None  # ... these for all leaves
         self._rounds: dict[bool, list[Round]] = {}
         self.has_gaps = any(batch.param is None for batch in batches)
+        # Whether the operator needs its gradients in another dtype than they have.
+        self.converts = self.leaf.grad_dtype != self.leaf.dtype
         # Whether PyTorch has an operator of its own for this rule and dtype.
-        wide = self.leaf.dtype in (torch.float32, torch.float64)
-        self.has_operator = rule.aten is not None and wide and batches[0].storage.plain
+        known = rule.aten is not None and self.leaf.dtype in (torch.float32, torch.float64)
+        self.has_operator = known and batches[0].storage.plain
 
     def numbers(self) -> list[float] | None:
         """Steps taken, and what the rule carries, the same for all leaves; None where they have come to differ."""
+        if [span.tobytes() for span in self._numbers] != self._seen:
+            self._look()
+        return self._taken
+
+    def _look(self) -> None:
         first = self._numbers[0][0]
-        return first.tolist() if all((span == first).all() for span in self._numbers) else None
+        self._taken = first.tolist() if all((span == first).all() for span in self._numbers) else None
+        self._seen = [span.tobytes() for span in self._numbers]
 
     def count(self, h: Any) -> None:
         """One step more; the row begins with the new values of what the rule carries."""
         for span in self._numbers:
-            span[:, 0] += 1.0
-            if span.shape[1] > 1:
+            if span.shape[1] == 1:
+                span += 1.0
+            else:
+                span[:, 0] += 1.0
                 span[:, 1:] = h[: span.shape[1] - 1]
+        # Equal they were, and equal they have become.
+        self._taken = self._numbers[0][0].tolist()
+        self._seen = [span.tobytes() for span in self._numbers]
 
     def rounds(self, clipped: bool, scratch: Tensor) -> list[Round]:
-        """The rounds, where every gradient is to be scaled or where none is."""
+        """The rounds, where every gradient is to be scaled or converted, or where none is."""
         if clipped not in self._rounds:
             self._rounds[clipped] = list(_rounds(self.batches, clipped, scratch))
         return self._rounds[clipped]
@@ -202,9 +220,9 @@ def calls_of(leaves: Sequence[Leaf], rules: Sequence[Rule]) -> list[Call]:
         if len(run) > 1 and kept + batch.numel <= KEPT:
             kept += batch.numel
             # Whole rows, so that one operator finds the norms of all.
-            batch.gathered = torch.zeros(-(-batch.numel // ROW) * ROW, dtype=leaves[run[0]].dtype)
+            batch.gathered = torch.zeros(-(-batch.numel // ROW) * ROW, dtype=batch.dtype)
         leaf = batch.leaves[0]
-        parts.setdefault((leaf.group, leaf.dtype, taken[run[0]]), []).append(batch)
+        parts.setdefault((leaf.group, leaf.dtype, leaf.grad_dtype, taken[run[0]]), []).append(batch)
     return [Call(rules[key[0]], batches) for key, batches in sorted(parts.items(), key=lambda item: item[0][0])]
 
 
@@ -217,7 +235,9 @@ def _continues(first: Leaf, last: Leaf, leaf: Leaf) -> bool:
     if not (_may_join(last) and _may_join(leaf)):
         return False
     assert first.home is not None and leaf.home is not None
-    if leaf.bank is not last.bank or leaf.bank_index != last.bank_index + 1 or leaf.group != last.group:
+    if leaf.bank is not last.bank or leaf.bank_index != last.bank_index + 1:
+        return False
+    if (leaf.group, leaf.grad_dtype) != (last.group, last.grad_dtype):
         return False
     if leaf.home.piece is not last.home.piece:  # type: ignore[union-attr]
         return False

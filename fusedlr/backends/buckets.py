@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import capture
 from ..gather import in_order
+from ..live import Live
 from ..precision import Storage
 from ..rule import Rule
-from ..schedules.program import pack
+from ..schedules.program import Kind, pack
 from ..state import Leaf
 from . import Knobs
 
@@ -41,11 +43,13 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 class Sent:
     """An array and its copy on the device, sent again only when it changed."""
 
-    __slots__ = ("_device", "_host", "tensor")
+    __slots__ = ("_captured", "_device", "_host", "_spare", "tensor")
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host: np.ndarray[Any, Any] | None = None
+        self._spare = capture.Spare()
+        self._captured: Tensor | None = None
         self.tensor: Tensor = torch.empty(0)
 
     def update(self, array: np.ndarray[Any, Any]) -> Tensor:
@@ -56,15 +60,25 @@ class Sent:
 
     def send(self, array: np.ndarray[Any, Any]) -> Tensor:
         """Send an array that is known to have changed."""
+        table = torch.from_numpy(array)
+        if capture.capturing(self._device):
+            self.tensor, self._captured = self._spare.send(table, self._device)
+            return self.tensor
+        self._spare.provide(table, self._device)
         self.tensor = send(array, self._device)
         return self.tensor
 
+    def hand_over(self) -> list[Any]:
+        """The table as a graph has it; the next one is sent anew, whatever it holds."""
+        held, self._host, self._captured = [self.tensor, self._captured], None, None
+        return held
+
 
 class Bucket:
-    """Leaves of one device, dtype and rule: what one launch of each kernel treats."""
+    """Leaves of one device, rule, dtype and dtype of the gradients: what one launch of each kernel treats."""
 
     def __init__(self, leaves: list[Leaf], positions: list[int], rules: list[Rule]) -> None:
-        from fusedlr.kernels import launch
+        from fusedlr.kernels import launch, launch_trust
 
         self.leaves = leaves
         self.positions = positions
@@ -72,6 +86,7 @@ class Bucket:
         self.device = leaves[0].device
         self.here = on(self.device)
         self.dtype = leaves[0].dtype
+        self.grad_dtype = leaves[0].grad_dtype
         self.chunk_size = launch.chunk_size_for(sum(leaf.numel for leaf in leaves))
         counts = [-(-leaf.numel // self.chunk_size) for leaf in leaves]
         self.n_chunks = sum(counts)
@@ -98,10 +113,13 @@ class Bucket:
         self._sent_program = Sent(self.device)
         self._sent_table = Sent(self.device)
         self._programs: tuple[Any, Any] = (None, None)
+        self._cells: list[tuple[Tensor, Live, int]] = []  # of the table: what changes between steps, and its version
         fields = len(self.rule.hyper._fields)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=self.device)
+        has_trust = self.rule.trust is not None
+        self.trust = launch_trust.trust_partials(self.n_chunks, self.dtype, self.device) if has_trust else None
         self.values = torch.empty(0, dtype=torch.float64, device=self.device)
         self.tensors = torch.empty(0)
         self._norm = torch.empty((), device=self.device)
@@ -154,6 +172,13 @@ class Bucket:
         self._segments[:, 1] = pointers
         return self._sent_segments.send(self._segments)
 
+    def hand_over(self) -> list[Any]:
+        """What a graph holds the addresses of; tables that may change are made anew by the next step."""
+        self._segments[:, 1], self._given, self._programs = -1, [], (None, None)
+        sent = (self._sent_segments, self._sent_scalars, self._sent_pointers, self._sent_tracks, self._sent_program)
+        tables = [table for each in (*sent, self._sent_table) for table in each.hand_over()]
+        return [self.chunks, self.tensors, self.rows, self.skip, self.values, self._norm, self._kept_scalars, *tables]
+
     @property
     def segments(self) -> Tensor:
         """The pointer table on the device, as last gathered."""
@@ -172,7 +197,7 @@ class Bucket:
         self._staged = []
 
     def scalars(self, knobs: Knobs, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The groups' scalars, a sign behind each group's and the clip's numbers last; the tensors among them.
+        """The groups' scalars, a sign behind each group's, then the clip's and the scale; the tensors among them.
 
         ``targets`` are the places of those that a schedule drives. They are computed on the device: left out here, they
         keep the table from travelling in every step.
@@ -183,6 +208,7 @@ class Bucket:
             given += [scalars.get(name, 0.0) for name in names]
             given.append(-1.0 if maximize else 1.0)
         given += knobs.clip_numbers
+        given += knobs.scale
         for target in targets:
             given[target] = 0.0
         # Tensors may have been written in place; numbers that are equal need no second look.
@@ -193,8 +219,8 @@ class Bucket:
         values, addresses = np.zeros(len(given)), np.zeros(len(given), dtype=np.int64)
         self._kept_scalars = []
         for i, value in enumerate(given):
-            if isinstance(value, Tensor) and value.device == self.device and self.device.type != "cpu":
-                addresses[i] = self._address(value)
+            if isinstance(value, Tensor) and value.device.type != "cpu" and self.device.type != "cpu":
+                addresses[i] = self._address(value.to(self.device, non_blocking=True))
             else:
                 values[i] = float(value)
         if self.values.numel() != values.size:
@@ -214,23 +240,41 @@ class Bucket:
         for g, scheduled in enumerate(knobs.schedules):
             for s in scheduled:
                 if s.name in self.rule.scalars and not s.overridden():
-                    tracks.append((g * width + self.rule.scalars.index(s.name), (s.schedule, s.base)))
+                    tracks.append((g * width + self.rule.scalars.index(s.name), (s.schedule, s.base, s.live)))
         if knobs.max_norm_schedule is not None:
             assert knobs.clip is not None
-            tracks.append((len(knobs.schedules) * width, (knobs.max_norm_schedule, knobs.clip.numbers[0])))
+            tracks.append((len(knobs.schedules) * width, (knobs.max_norm_schedule, knobs.clip.numbers[0], None)))
         return tracks
 
     def programs(self, tracks: list[tuple[int, Any]]) -> tuple[Tensor, Tensor, Tensor, int]:
         """The tracks, the rows and the table of values of the schedules, and the largest number of rows."""
         if self._programs[0] != tracks:
-            packed = pack([schedule.rows(base) for _, (schedule, base) in tracks])
+            programs = [schedule.rows(base) for _, (schedule, base, _) in tracks]
+            packed = pack(programs)
             targets = np.array([target for target, _ in tracks], dtype=np.int64)
             table = np.stack([targets, packed.first, packed.count], axis=1) if tracks else np.zeros((0, 3), np.int64)
             self._sent_tracks.update(np.ascontiguousarray(table, dtype=np.int64))
             self._sent_program.update(np.ascontiguousarray(packed.rows, dtype=np.float64))
+            if packed.live.size or self._cells:  # its cells are not what was sent
+                self._sent_table = Sent(self.device)
             self._sent_table.update(np.ascontiguousarray(packed.values, dtype=np.float64))
+            followed = [
+                live
+                for rows, (_, (_, _, live)) in zip(programs, tracks, strict=True)
+                if any(row.kind == Kind.LIVE for row in rows)
+            ]
+            cells = [self._sent_table.tensor[place] for place in packed.live]
+            self._cells = [(cell, live, -1) for cell, live in zip(cells, followed, strict=True)]
             self._programs = (tracks, int(packed.count.max()) if tracks else 0)
+        self.refresh()
         return self._sent_tracks.tensor, self._sent_program.tensor, self._sent_table.tensor, self._programs[1]
+
+    def refresh(self) -> None:
+        """Write the numbers that change between steps into the table where it lies: a captured graph reads it there."""
+        for i, (cell, live, version) in enumerate(self._cells):
+            if live.version != version:
+                live.fill(cell)
+                self._cells[i] = (cell, live, live.version)
 
 
 def _beside(leaf: Leaf, storage: Storage) -> list[int]:

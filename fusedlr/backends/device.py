@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import capture
+from ..clipping.adaptive import unit_factor
 from ..gather import in_order
 from ..rule import Rule
+from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
-from .stored import Step, arrays_of, place_of, stored_update
+from .stored import Step, arrays_of, decoded, place_of, stored_update, trust_terms
+from .units import joined_norm, unit_grid, unit_norms
 
 __all__ = ["DeviceExecutor"]
 
@@ -27,49 +32,95 @@ class DeviceExecutor(Executor):
     def __init__(self, leaves: list[Leaf], positions: list[int] | None) -> None:
         super().__init__(leaves, positions)
         self._rules: list[Rule] = []
+        self._devices = list(dict.fromkeys(leaf.device for leaf in leaves))
         self._norms: list[Tensor] = []
-        self._factors: list[Tensor] | None = None
+        self._weights: list[Tensor] = []  # norms of the parameters' units, where those of gradients are of units
+        self._factors: list[Any] | None = None
         self._skip: Tensor | None = None
 
     def prepare(self, rules: list[Rule]) -> None:
         self._rules = rules
 
+    def captures(self) -> bool:
+        return any(capture.capturing(device) for device in self._devices)
+
     def layout(self, ordered: Sequence[bool]) -> None:
         """Each gradient is brought into order where it is read."""
 
     def measure(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
-        self._norms = [_norm(g, knobs.norm_type) for g in grads]
+        if knobs.scope != "unit":
+            self._norms = [_norm(g, knobs.norm_type) for g in grads]
+            return
+        self._norms, self._weights = [], []
+        for leaf, g in zip(self.leaves, grads, strict=True):
+            p = leaf.flat if leaf.flat is not None else in_order(leaf.param.detach(), leaf)
+            grid = unit_grid(leaf)
+            self._norms.append(unit_norms(in_order(g, leaf), grid))
+            self._weights.append(unit_norms(p, grid))
 
     def decide(self, knobs: Knobs) -> bool:
         self._factors, self._skip = None, None
-        if not knobs.measures:
-            return False
-        if knobs.nonfinite == "skip" and any(knobs.schedules):
-            raise ValueError(
-                "nonfinite='skip' with a schedule needs the Triton backend on an accelerator: only there does the "
-                "schedule see which steps were skipped without waiting for the device; install triton, or use "
-                "nonfinite='propagate'"
-            )
         main = self.leaves[0].device
-        norms = torch.stack([norm.to(main) for norm in self._norms])
-        norm = _norm(norms, knobs.norm_type)
-        if knobs.scope is not None:
-            assert knobs.clip is not None and knobs.clip.factor is not None
-            max_norm, eps, _ = knobs.clip_numbers
-            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms, max_norm, eps)
-            self._factors = list(factors.expand(len(norms)).unbind())
-        if knobs.nonfinite == "raise" and not bool(torch.isfinite(norm)):  # to raise is to wait, as documented
+        if knobs.may_skip and any(knobs.schedules):
+            raise ValueError(
+                "nonfinite='skip' or fold_grad_scale with a schedule needs the Triton backend on an accelerator: only "
+                "there does the schedule see which steps were skipped without waiting for the device; install triton, "
+                "or use nonfinite='propagate' and leave fold_grad_scale off"
+            )
+        if self.captures() and (any(knobs.schedules) or knobs.max_norm_schedule is not None):
+            raise capture.CaptureError(
+                "a schedule does not move in a CUDA graph on the PyTorch backend, where the host computes it; install "
+                "triton for the Triton backend, or capture a step without a schedule"
+            )
+        inverse, self._skip = (1.0, None) if knobs.scale is UNSCALED else knobs.scale.on_device(main)
+        if knobs.scale is not UNSCALED:
+            self._factors = [inverse] * len(self.leaves)
+        if knobs.measures:
+            self._measured(knobs, inverse)
+        clock = knobs.clock(main)
+        if self._skip is None:
+            clock[0].add_(int(knobs.advance))
+        else:
+            clock.add_(torch.stack([~self._skip & knobs.advance, self._skip]))
+        return False
+
+    def _measured(self, knobs: Knobs, inverse: Any) -> None:
+        """What the norms decide."""
+        main = self.leaves[0].device
+        moved = [norm.to(main) for norm in self._norms]
+        if knobs.scope == "unit":
+            norm = joined_norm(moved)
+            self._factors = [self._of_elements(i, knobs) for i in range(len(self.leaves))]
+        else:
+            norms = torch.stack(moved)
+            norm = _norm(norms, knobs.norm_type) * inverse
+        finite, found = torch.isfinite(norm), self._skip
+        if knobs.nonfinite == "raise" and not bool(finite if found is None else finite | found):  # to raise is to wait
             raise FloatingPointError(
                 f"the gradients hold an inf or NaN (their norm is {float(norm)}), and nonfinite='raise'; "
                 "nothing was changed"
             )
+        if knobs.scope in ("global", "tensor"):
+            assert knobs.clip is not None
+            max_norm: Any
+            max_norm, eps, _ = knobs.clip_numbers
+            if knobs.clip.threshold is not None:
+                threshold = knobs.clip.threshold(knobs.records.on(main), norm, eps, knobs.advance)
+                knobs.records.share([main])
+                max_norm = torch.clamp(threshold, max=max_norm)
+            factors = knobs.clip.factor(norm if knobs.scope == "global" else norms * inverse, max_norm, eps) * inverse
+            self._factors = list(factors.expand(len(norms)).unbind())
         if knobs.grad_norm is not None:
             knobs.grad_norm.copy_(norm)
         if knobs.nonfinite == "skip":
-            self._skip = ~torch.isfinite(norm)
-            taken = torch.stack([~self._skip & knobs.advance, self._skip])
-            knobs.clock(main).add_(taken)
-        return False
+            self._skip = ~finite if found is None else ~finite | found
+
+    def _of_elements(self, i: int, knobs: Knobs) -> Tensor:
+        """The factor of every element of a leaf, by its unit."""
+        leaf = self.leaves[i]
+        grid = unit_grid(leaf)
+        factors = unit_factor(self._norms[i], self._weights[i], *knobs.records.on(leaf.device).unbind())
+        return factors.to(torch.promote_types(leaf.dtype, torch.float32)).view(1, -1, 1).expand(grid).reshape(-1)
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         limit = knobs.clip_numbers[2]
@@ -80,12 +131,24 @@ class DeviceExecutor(Executor):
             step = leaf.step + 1
             values = knobs.scalars[leaf.group].items()
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
+            for s in knobs.schedules[leaf.group]:
+                held = getattr(s.live, "device_value", None)
+                if held is not None and s.name in scalars and not s.overridden():
+                    # The value is a multiple of what the device holds, or does not depend on it.
+                    none, one = s.at(knobs.t, 0.0), s.at(knobs.t, 1.0)
+                    scalars[s.name] = none + (one - none) * held.to(leaf.device, non_blocking=True)
             h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
-            factor = 1.0 if self._factors is None else self._factors[i].to(leaf.device)
+            factor = 1.0 if self._factors is None else self._factors[i]
+            factor = factor.to(leaf.device) if isinstance(factor, Tensor) else factor
             assert leaf.bank is not None
-            todo = Step(rule, h, limit, knobs.maximize[leaf.group], step)
-            arrays = arrays_of(leaf, p)
-            new = stored_update(leaf.bank.storage, arrays, in_order(g, leaf), factor, todo, place_of(leaf))
+            storage, arrays, maximize = leaf.bank.storage, arrays_of(leaf, p), knobs.maximize[leaf.group]
+            g = in_order(g, leaf)
+            if rule.trust is not None:
+                w, *state = decoded(storage, arrays)
+                terms = trust_terms(rule.trust, w, g, state, h, factor, limit, maximize)
+                h = h._replace(trust=rule.trust.ratio(*[_norm(x, 2.0) for x in terms], h))
+            todo = Step(rule, h, limit, maximize, step)
+            new = stored_update(storage, arrays, g, factor, todo, place_of(leaf))
             numbers = (step, *h[: len(leaf.carried)])
             for old, value in zip((leaf.step, *leaf.carried, *arrays.flatten()), (*numbers, *new), strict=True):
                 if self._skip is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ ROW = 4096
 # Above this, a finite norm of many rows is as exact as its rows: no square overflowed, and what the rows lost to
 # squares below 1e-45 is less than 1e-12 of the whole.
 _LEAST = 1e-10
+# So many norms are put together faster by Python than by another operator.
+_FEW = 256
 _LEAST_WIDE, _MOST_WIDE = 1e-280, 1e300
 
 
@@ -58,8 +61,11 @@ def euclidean(norms: list[Tensor]) -> float | None:
     """The norm of row norms, or None where it must be found more carefully."""
     if not norms:
         return 0.0
-    each = torch.cat(norms) if len(norms) > 1 else norms[0]
-    norm = torch.linalg.vector_norm(each, dtype=torch.float64).item()
+    if sum(map(len, norms)) <= _FEW:
+        norm = math.hypot(*chain.from_iterable(x.tolist() for x in norms))
+    else:
+        each = torch.cat(norms) if len(norms) > 1 else norms[0]
+        norm = torch.linalg.vector_norm(each, dtype=torch.float64).item()
     return norm if _LEAST < norm < math.inf else None
 
 

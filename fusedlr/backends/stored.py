@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import codecs
 from ..precision import GROUP, Storage
-from ..rule import Rule
+from ..rule import Rule, Trust
 from ..state import Leaf
 
-__all__ = ["Arrays", "Place", "Step", "arrays_of", "place_of", "places_of", "reference_update", "stored_update"]
+__all__ = ["Arrays", "Place", "Step", "arrays_of", "decoded", "place_of", "places_of", "reference_update",
+           "stored_update", "trust_terms", "wide"]  # fmt: skip
 
 
 class Arrays(NamedTuple):
@@ -25,16 +26,11 @@ class Arrays(NamedTuple):
     scales: Sequence[Tensor]
     extra: Tensor | None
 
-    def split(self, size: int) -> Iterator[Arrays]:
-        """Pieces of ``size`` elements, a multiple of the groups."""
-        for start in range(0, self.p.numel(), size):
-            here, groups = slice(start, start + size), slice(start // GROUP, (start + size) // GROUP)
-            yield Arrays(
-                self.p[here],
-                [slot[here] for slot in self.slots],
-                [scale[groups] for scale in self.scales],
-                None if self.extra is None else self.extra[here],
-            )
+    def part(self, here: slice) -> Arrays:
+        """A piece that begins at a whole group."""
+        groups = slice(here.start // GROUP, -(-here.stop // GROUP))
+        extra = None if self.extra is None else self.extra[here]
+        return Arrays(self.p[here], [x[here] for x in self.slots], [x[groups] for x in self.scales], extra)
 
     def flatten(self) -> list[Tensor]:
         """All arrays in the order in which ``stored_update`` gives their new values."""
@@ -54,11 +50,11 @@ class Place(NamedTuple):
     numbers: Tensor | None = None
     inside: Tensor | None = None
 
-    def part(self, start: int, stop: int) -> Place:
+    def part(self, here: slice) -> Place:
         """The places of a piece."""
         if self.numbers is None or self.inside is None:
-            return self._replace(begin=self.begin + start)
-        return Place(self.key[start:stop], 0, self.numbers[start:stop], self.inside[start:stop])
+            return self._replace(begin=self.begin + here.start)
+        return Place(self.key[here], 0, self.numbers[here], self.inside[here])
 
     def bits(self, taken: Tensor, like: Tensor) -> Tensor:
         """The random bits of as many elements as ``like`` has, in the step that makes ``taken``."""
@@ -79,17 +75,37 @@ class Step(NamedTuple):
     taken: Tensor
 
 
-def reference_update(
-    rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
-) -> tuple[Tensor, ...]:
-    """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
-    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-    g = g.to(wide)
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _inputs(
+    p: Tensor, g: Tensor, slots: Sequence[Tensor], factor: Any, limit: float, maximize: bool
+) -> list[Tensor]:
+    """What a reference rule is given: (p, g, *slots) in float32 (float64 for float64), g after the clip."""
+    dtype = wide(p.dtype)
+    g = g.to(dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
         g = g * factor
     if limit != math.inf:
         g = g.clamp(-limit, limit)
-    return rule.update(p.to(wide), -g if maximize else g, *[slot.to(wide) for slot in slots], h)
+    return [p.to(dtype), -g if maximize else g, *[slot.to(dtype) for slot in slots]]
+
+
+def reference_update(
+    rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
+) -> tuple[Tensor, ...]:
+    """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
+    return rule.update(*_inputs(p, g, slots, factor, limit, maximize), h)
+
+
+def trust_terms(
+    trust: Trust, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
+) -> tuple[Tensor, Tensor]:
+    """What the trust ratio takes the norms of: the parameter and its direction, with the clip before it."""
+    p, *rest = _inputs(p, g, slots[: len(trust.slots)], factor, limit, maximize)
+    return p, trust.direction(p, *rest, h)
 
 
 def arrays_of(leaf: Leaf, p: Tensor) -> Arrays:
@@ -114,6 +130,15 @@ def places_of(leaves: Sequence[Leaf], spans: Sequence[tuple[int, int]], numel: i
     return Place(key, 0, numbers, inside)
 
 
+def decoded(storage: Storage, arrays: Arrays) -> list[Tensor]:
+    """(weight, *state) in float32, or as they are where they are stored plainly."""
+    if storage.plain:
+        return [arrays.p, *arrays.slots]
+    w = codecs.load_weight(arrays.p, arrays.extra, storage.weights)
+    scales = arrays.scales or (None,) * len(arrays.slots)
+    return [w, *(codecs.load_state(slot, scale) for slot, scale in zip(arrays.slots, scales, strict=True))]
+
+
 def stored_update(
     storage: Storage, arrays: Arrays, g: Tensor, factor: Any, step: Step, place: Place
 ) -> list[Tensor]:
@@ -121,9 +146,7 @@ def stored_update(
     rule, h, limit, maximize, taken = step
     if storage.plain:
         return list(reference_update(rule, arrays.p, g, arrays.slots, h, factor, limit, maximize))
-    w = codecs.load_weight(arrays.p, arrays.extra, storage.weights)
-    scales = arrays.scales or (None,) * len(arrays.slots)
-    state = [codecs.load_state(slot, scale) for slot, scale in zip(arrays.slots, scales, strict=True)]
+    w, *state = decoded(storage, arrays)
     w, *state = reference_update(rule, w, g, state, h, factor, limit, maximize)
     noise = place.bits(taken, w) if storage.noisy else None
     if place.inside is not None and storage.state == "int8":

@@ -8,19 +8,22 @@ the cache. Gradients are never written.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..clipping.adaptive import unit_factor
 from ..gather import in_order
 from ..rule import Rule
+from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
 from .batches import ROUND, Batch, Call, Round, calls_of, pieces
 from .norms import combine, euclidean, piece_sum, row_norms
-from .stored import Arrays, Step, arrays_of, reference_update, stored_update
+from .stored import Arrays, Step, arrays_of, decoded, reference_update, stored_update, trust_terms
+from .units import joined_norm, unit_grid, unit_norms
 
 __all__ = ["HostExecutor"]
 
@@ -31,6 +34,20 @@ _LEAST_FOLDED = 1e-12
 
 
 _NOTHING: tuple[Batch | None, Tensor] = (None, torch.empty(0))
+
+
+def _trusted(
+    rule: Rule, parts: Iterable[Sequence[Tensor]], h: Any, factor: float, limit: float, maximize: bool
+) -> Any:
+    """The row of a tensor, given in parts (p, g, *slots), with its trust ratio where its rule has one."""
+    if rule.trust is None:
+        return h
+    pairs = [
+        [piece_sum(x, 2.0) for x in trust_terms(rule.trust, p, g, slots, h, factor, limit, maximize)]
+        for p, g, *slots in parts
+    ]
+    norms = (combine(own, 2.0) for own in zip(*pairs, strict=True))
+    return h._replace(trust=rule.trust.ratio(*norms, h))
 
 
 class HostExecutor(Executor):
@@ -48,6 +65,7 @@ class HostExecutor(Executor):
         self._gathered = False  # whether batches hold the gradients of this step
         self._current = _NOTHING  # the batch at work and its gradient
         self._factors: list[float] | None = None
+        self._units: dict[int, Tensor] = {}  # by leaf: (gradient, weight) norms of its units, then their factors
         self._skip = False
 
     def prepare(self, rules: list[Rule]) -> None:
@@ -79,7 +97,7 @@ class HostExecutor(Executor):
         if len(batch.leaves) == 1:
             return batch.gradient(grads)
         if batch.gathered is None:
-            return batch.gather(grads, self._scratch_of(batch.leaves[0].dtype) if scratch is None else scratch)
+            return batch.gather(grads, self._scratch_of(batch.dtype) if scratch is None else scratch)
         return batch.gathered[: batch.numel] if self._gathered else batch.gather(grads, batch.gathered)
 
     # ---- measure and decide ------------------------------------------------------------------------------------
@@ -88,7 +106,16 @@ class HostExecutor(Executor):
         self._gathered = False
         self._norm = None
         p = knobs.norm_type
-        if knobs.scope == "tensor":
+        if knobs.scope == "unit":
+            self._units = {}
+            for batch in self._batches:
+                g = self._gradient(batch, grads)
+                for i, leaf, (start, n) in zip(batch.positions, batch.leaves, batch.spans, strict=True):
+                    w = leaf.flat if leaf.flat is not None else in_order(leaf.param.detach(), leaf)
+                    grid = unit_grid(leaf)
+                    self._units[i] = torch.stack([unit_norms(g[start : start + n], grid), unit_norms(w, grid)])
+            self._norm = joined_norm([norms[0] for norms in self._units.values()]).item()
+        elif knobs.scope == "tensor":
             self._pairs = [[] for _ in self.leaves]
             for batch in self._batches:
                 g = self._gradient(batch, grads)
@@ -109,33 +136,55 @@ class HostExecutor(Executor):
         return euclidean(norms)
 
     def decide(self, knobs: Knobs) -> bool:
-        self._factors, self._skip = None, False
+        inverse, self._skip = (1.0, False) if knobs.scale is UNSCALED else knobs.scale.on_host()
+        self._factors = None if inverse == 1.0 else [inverse]
         if not knobs.measures:
-            self._count(knobs, skipped=False)
-            return False
+            self._count(knobs, self._skip)
+            return self._skip
         norm = self._norm
         if norm is None:
             norm = combine((pair for pairs in self._pairs for pair in pairs), knobs.norm_type)
-        if knobs.nonfinite != "propagate" and not math.isfinite(norm):
+        norm *= inverse
+        if knobs.nonfinite != "propagate" and not self._skip and not math.isfinite(norm):
             if knobs.nonfinite == "raise":
                 raise FloatingPointError(
                     f"the gradients hold an inf or NaN (norm {norm}), and nonfinite='raise'; nothing was changed"
                 )
             self._skip = True
+        elif knobs.scope == "unit":
+            self._set_unit_factors(knobs)
         elif knobs.scope is not None:
-            assert knobs.clip is not None and knobs.clip.factor is not None
+            assert knobs.clip is not None
             max_norm, eps, _ = knobs.clip_numbers
-            norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) for p in self._pairs]
-            self._factors = [knobs.clip.factor(n, max_norm, eps) for n in norms]
+            if knobs.clip.threshold is not None:
+                record = knobs.records.on(self.leaves[0].device)
+                threshold = knobs.clip.threshold(record, record.new_tensor(norm), eps, knobs.advance)
+                max_norm = min(max_norm, threshold.item())
+            norms = [norm] if knobs.scope == "global" else [combine(p, knobs.norm_type) * inverse for p in self._pairs]
+            self._factors = [knobs.clip.factor(n, max_norm, eps) * inverse for n in norms]
         if knobs.grad_norm is not None:
-            knobs.grad_norm.fill_(norm)
+            # fill_ refuses what float32 does not have, and a norm of float64 gradients may be beyond it.
+            knobs.grad_norm.copy_(torch.tensor(norm, dtype=torch.float64))
         self._count(knobs, self._skip)
         return self._skip
 
+    def _set_unit_factors(self, knobs: Knobs) -> None:
+        """The factors of the units of leaves that have some other than 1, in the dtype of the arithmetic."""
+        settings = knobs.records.on(self.leaves[0].device).unbind()
+        factors = {i: unit_factor(*norms.unbind(), *settings) for i, norms in self._units.items()}
+        self._units = {
+            i: f.to(torch.promote_types(self.leaves[i].dtype, torch.float32))
+            for i, f in factors.items()
+            if (f != 1).any()
+        }
+
     def _count(self, knobs: Knobs, skipped: bool) -> None:
-        if knobs.nonfinite == "skip":
+        if knobs.may_skip:
             clock = knobs.clock(self.leaves[0].device)
-            clock[int(skipped)] += 1 if skipped else int(knobs.advance)
+            if skipped:
+                clock[1] += 1
+            else:
+                clock[0] = knobs.t + knobs.advance
 
     # ---- apply -------------------------------------------------------------------------------------------------
 
@@ -168,13 +217,26 @@ class HostExecutor(Executor):
         return self._factors[0 if len(self._factors) == 1 else batch.positions[0]]
 
     def _scaled(self, batch: Batch, g: Tensor) -> Tensor:
-        """Gathered gradients with each tensor by its own factor."""
+        """The gradients with each unit by its factor, and gathered ones with each tensor by its own."""
+        if self._units:
+            return self._scaled_by_units(batch, g)
         if self._factors is None or len(self._factors) == 1 or len(batch.leaves) == 1:
             return g
         # The scratch may be scaled in place, but 16-bit gradients in float32, or they would be rounded once more.
         g = g.float() if g.dtype in (torch.bfloat16, torch.float16) else g
         for i, (start, numel) in zip(batch.positions, batch.spans, strict=True):
             g[start : start + numel].mul_(self._factors[i])
+        return g
+
+    def _scaled_by_units(self, batch: Batch, g: Tensor) -> Tensor:
+        if self._units.keys().isdisjoint(batch.positions):
+            return g
+        narrow = g.dtype in (torch.bfloat16, torch.float16)
+        # As above; and what is not gathered is the gradient itself.
+        g = g.float() if narrow else g.clone() if len(batch.leaves) == 1 else g
+        for i, leaf, (start, numel) in zip(batch.positions, batch.leaves, batch.spans, strict=True):
+            if i in self._units:
+                g[start : start + numel].view(unit_grid(leaf)).mul_(self._units[i].view(1, -1, 1))
         return g
 
     def _by_operator(
@@ -187,11 +249,12 @@ class HostExecutor(Executor):
             if _LEAST_FOLDED < factor < math.inf and factor != 1.0:
                 folded = call.rule.fold(step, factor, scalars)
         if folded is not None:
-            for treated in call.rounds(False, self._scratch_of(call.leaf.dtype)):
+            for treated in call.rounds(call.converts, self._scratch_of(call.leaf.dtype)):
                 self._treat(call, treated, grads, folded, knobs, limit, folded=True)
             return
-        clipped = limit != math.inf or (self._factors is not None and any(f != 1.0 for f in self._factors))
-        for treated in call.rounds(clipped, self._scratch_of(call.leaf.dtype)):
+        scaled = self._units or (self._factors is not None and any(f != 1.0 for f in self._factors))
+        clipped = limit != math.inf or bool(scaled)
+        for treated in call.rounds(clipped or call.converts, self._scratch_of(call.leaf.dtype)):
             self._treat(call, treated, grads, scalars, knobs, limit)
 
     def _treat(
@@ -215,6 +278,9 @@ class HostExecutor(Executor):
             g = whole if stop - start == batch.numel else whole[start:stop]
             factor = self._factor(batch) if not folded and (alone or len(self._factors or ()) == 1) else 1.0
             out = scratch if alone else g
+            if alone and call.converts:
+                assert scratch is not None
+                g = scratch.copy_(g)
             if factor != 1.0:
                 g = torch.mul(g, factor, out=out)
             if limit != math.inf:
@@ -238,26 +304,43 @@ class HostExecutor(Executor):
             g = self._scaled(batch, self._gradient(batch, grads))
             factor = self._factor(batch) if len(batch.leaves) == 1 or len(self._factors or ()) == 1 else 1.0
             if not batch.storage.plain:
-                arrays = Arrays(batch.param, batch.slots, batch.scales, batch.extra)
-                self._stored(batch, arrays, g, factor, step)
+                _step_stored(batch, Arrays(batch.param, batch.slots, batch.scales, batch.extra), g, factor, step)
                 continue
-            for p, part, *slots in zip(*(pieces(x, RULE_CHUNK) for x in (batch.param, g, *batch.slots)), strict=True):
-                new = reference_update(call.rule, p, part, slots, h, factor, limit, maximize)
-                for old, value in zip((p, *slots), new, strict=True):
-                    old.copy_(value)
-
-    def _stored(self, batch: Batch, arrays: Arrays, g: Tensor, factor: float, step: Step) -> None:
-        """The same for arrays that are stored otherwise than torch does."""
-        place = batch.place()
-        for start, part in zip(range(0, batch.numel, RULE_CHUNK), arrays.split(RULE_CHUNK), strict=True):
-            stop = min(start + RULE_CHUNK, batch.numel)
-            new = stored_update(batch.storage, part, g[start:stop], factor, step, place.part(start, stop))
-            for old, value in zip(part.flatten(), new, strict=True):
-                old.copy_(value)
+            arrays = (batch.param, g, *batch.slots)
+            # A trust ratio is a tensor's own; without one, a batch is treated as one tensor.
+            alone = call.rule.trust is None or len(batch.leaves) == 1
+            tensors = [arrays] if alone else [[x[a : a + n] for x in arrays] for a, n in batch.spans]
+            for tensor in tensors:
+                parts = list(zip(*(pieces(x, RULE_CHUNK) for x in tensor), strict=True))
+                row = _trusted(call.rule, parts, h, factor, limit, maximize)
+                for p, part, *slots in parts:
+                    new = reference_update(call.rule, p, part, slots, row, factor, limit, maximize)
+                    for old, value in zip((p, *slots), new, strict=True):
+                        old.copy_(value)
 
     def _in_a_copy(self, batch: Batch, grads: Sequence[Tensor], step: Step) -> None:
         """Step a parameter whose strides leave gaps: by the reference rule, through a dense copy."""
         (leaf,) = batch.leaves
         p = in_order(leaf.param.detach(), leaf)
-        self._stored(batch, arrays_of(leaf, p), self._gradient(batch, grads), self._factor(batch), step)
+        g = self._scaled(batch, self._gradient(batch, grads))
+        _step_stored(batch, arrays_of(leaf, p), g, self._factor(batch), step)
         leaf.param.copy_(p.as_strided(leaf.shape, leaf.strides))
+
+
+def _step_stored(batch: Batch, arrays: Arrays, g: Tensor, factor: float, step: Step) -> None:
+    """Step arrays in any storage, tensor by tensor where a trust ratio asks for it."""
+    rule, h, limit, maximize, _ = step
+    place = batch.place()
+    alone = rule.trust is None or len(batch.leaves) == 1
+    for start, n in [(0, batch.numel)] if alone else batch.spans:
+        stop = start + n
+        parts = [slice(a, min(a + RULE_CHUNK, stop)) for a in range(start, stop, RULE_CHUNK)]
+        if rule.trust is not None and parts:
+            # One piece after the other: what is decoded stays in the cache.
+            read = ((w, g[here], *state) for here in parts for w, *state in [decoded(batch.storage, arrays.part(here))])
+            step = step._replace(h=_trusted(rule, read, h, factor, limit, maximize))
+        for here in parts:
+            part = arrays.part(here)
+            new = stored_update(batch.storage, part, g[here], factor, step, place.part(here))
+            for old, value in zip(part.flatten(), new, strict=True):
+                old.copy_(value)

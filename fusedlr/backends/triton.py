@@ -1,12 +1,13 @@
 """The Triton backend: builds the tables the kernels read, and launches measure, decide and apply.
 
 Per device: the clock, the partial sums, the scalars of the groups, the schedules' programs. Per bucket (leaves of one
-device, dtype and rule): the pointer table, the chunk table, the rows. A table travels to the device only when the host
-sees that it changed. On CPU tensors the same code runs in Triton's interpreter.
+device, rule, dtype and dtype of the gradients): the pointer table, the chunk table, the rows. A table travels to the
+device only when the host sees that it changed. On CPU tensors the same code runs in Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import capture
 from ..rule import Rule
 from ..state import Leaf
 from . import Executor, Knobs
 from .buckets import Bucket, on, waves
+from .units import UnitTables
 
 __all__ = ["TritonExecutor"]
 
@@ -53,24 +56,29 @@ class _ClockMirror:
 
 
 class TritonExecutor(Executor):
-    """Steps tensors with the three kernels: at most three launches a bucket."""
+    """Steps tensors in three launches a bucket, four where units have factors, five where there are trust ratios."""
 
     def __init__(self, leaves: list[Leaf], positions: list[int] | None) -> None:
-        from fusedlr.kernels import launch
+        from fusedlr.kernels import launch, launch_trust, launch_units
 
         super().__init__(leaves, positions)
         self._launch = launch
+        self._launch_units = launch_units
+        self._launch_trust = launch_trust
         self._buckets: list[Bucket] = []
         self._partials: dict[torch.device, Tensor] = {}
         self._n_partials = 0
+        self._units: list[UnitTables] = []  # of the buckets, once their units are measured
         self._mode = 0
+        self._capturable: torch.device | None = None  # what a CUDA graph may be captured on
         self._mirror = _ClockMirror()
         self._barrier: Tensor | None = None  # of the whole step in one launch; None where it takes three
 
     def prepare(self, rules: list[Rule]) -> None:
         keys: dict[tuple[Any, ...], list[int]] = {}
         for i, (leaf, wave) in enumerate(zip(self.leaves, waves(self.leaves), strict=True)):
-            keys.setdefault((wave, str(leaf.device), leaf.dtype, rules[leaf.group].name), []).append(i)
+            key = (wave, str(leaf.device), leaf.dtype, leaf.grad_dtype, rules[leaf.group].name)
+            keys.setdefault(key, []).append(i)
         by_wave = sorted(keys.items(), key=lambda item: int(item[0][0]))
         self._buckets = [Bucket([self.leaves[i] for i in at], at, rules) for _, at in by_wave]
         for bucket in self._buckets:
@@ -82,12 +90,14 @@ class TritonExecutor(Executor):
             for device in dict.fromkeys(bucket.device for bucket in self._buckets)
         }
         self._barrier = self._barrier_if_asked()
+        self._capturable = next((device for device in self._partials if device.type == "cuda"), None)
 
     def _barrier_if_asked(self) -> Tensor | None:
         """``FUSEDLR_ONE_LAUNCH=1`` asks for one launch a step, where one bucket is all there is."""
         (bucket, *others) = self._buckets
         asked = os.environ.get("FUSEDLR_ONE_LAUNCH", "0") not in ("", "0")
-        if not asked or others or not bucket.n_chunks or not bucket.storage.plain:
+        special = bucket.trust is not None or not bucket.storage.plain
+        if not asked or others or not bucket.n_chunks or special:
             return None
         if not self._launch.can_launch_step(bucket.device, bucket.dtype):
             return None
@@ -98,12 +108,15 @@ class TritonExecutor(Executor):
             bucket.layout(ordered)
 
     def measure(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
-        self._mode = self._launch.mode_for(knobs.norm_type, [bucket.dtype for bucket in self._buckets])
+        if knobs.scope == "unit":
+            self._measure_units(grads, knobs)
+            return
+        self._mode = self._launch.mode_for(knobs.norm_type, [bucket.grad_dtype for bucket in self._buckets])
         for bucket in self._buckets:
             segments = bucket.gather(grads)
             if bucket.n_chunks and not self._in_one(knobs):
                 # A narrow bucket beside a float64 one is measured the fast way too; its scales are 1.
-                mode = self._launch.mode_for(knobs.norm_type, [bucket.dtype])
+                mode = self._launch.mode_for(knobs.norm_type, [bucket.grad_dtype])
                 with bucket.here:
                     self._launch.launch_measure(
                         bucket.n_chunks,
@@ -113,18 +126,65 @@ class TritonExecutor(Executor):
                         bucket.first_partial,
                         bucket.chunk_size,
                         knobs.norm_type,
-                        bucket.dtype,
+                        bucket.grad_dtype,
                         mode,
                     )
-        for bucket in self._buckets:  # every device decides by itself, from the partials of all
+        self._share([(bucket.first_partial, bucket.n_chunks) for bucket in self._buckets])
+
+    def _measure_units(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
+        """The norms and factors of the units, and as partials what the units add to the global norm."""
+        if not self._units:
+            self._n_partials = 0
+            for bucket in self._buckets:
+                self._units.append(UnitTables(bucket, self._n_partials))
+                self._n_partials += self._units[-1].n_blocks
+            self._partials = {
+                device: torch.full((2, max(1, self._n_partials)), float("nan"), dtype=torch.float64, device=device)
+                for device in self._partials
+            }
+        self._mode = self._launch.mode_for(2.0, [torch.float64])  # partials with a scale
+        for bucket, units in zip(self._buckets, self._units, strict=True):
+            segments = bucket.gather(grads)
+            if not units.n_programs:
+                continue
+            with bucket.here:
+                self._launch_units.launch_unit_measure(
+                    units.n_programs,
+                    segments,
+                    units.table,
+                    units.pieces,
+                    units.norms,
+                    bucket.dtype,
+                    bucket.grad_dtype,
+                )
+                self._launch_units.launch_unit_fold(
+                    units.n_blocks,
+                    units.table,
+                    units.blocks,
+                    units.norms,
+                    knobs.records.on(bucket.device),
+                    units.factors,
+                    self._partials[bucket.device],
+                    units.first_partial,
+                    bucket.dtype,
+                )
+        self._share([(units.first_partial, units.n_blocks) for units in self._units])
+
+    def _share(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Copy the buckets' partials to all devices: every device decides by itself, from the partials of all."""
+        for bucket, (first, count) in zip(self._buckets, spans, strict=True):
             for device, partials in self._partials.items():
                 if device != bucket.device:
-                    span = slice(bucket.first_partial, bucket.first_partial + bucket.n_chunks)
+                    span = slice(first, first + count)
                     partials[:, span].copy_(self._partials[bucket.device][:, span], non_blocking=True)
 
     def _in_one(self, knobs: Knobs) -> bool:
-        """Whether this step takes one launch: not where the host looks between deciding and applying."""
-        return self._barrier is not None and knobs.nonfinite != "raise"
+        """Whether this step takes one launch: not where the host looks between deciding and applying.
+
+        Nor for clips that need a record: their kernels are apart, to leave the one launch as small as it is.
+        """
+        has_record = knobs.clip is not None and bool(knobs.clip.settings)
+        return self._barrier is not None and knobs.nonfinite != "raise" and not has_record
 
     def _decide_arguments(self, bucket: Bucket, knobs: Knobs) -> tuple[list[Any], dict[str, Any]]:
         """What decide reads and writes for a bucket, and its compile-time choices."""
@@ -150,6 +210,9 @@ class TritonExecutor(Executor):
             bucket.norm_out(knobs),
             bucket.skip,
         ]
+        threshold = knobs.clip.threshold if knobs.clip is not None else None
+        if threshold is not None:
+            arguments.append(knobs.records.on(bucket.device))
         choices = {
             "row_name": bucket.rule.row.__name__,
             "factor_name": getattr(knobs.clip.factor, "__name__", "no_factor") if knobs.clip else "no_factor",
@@ -161,6 +224,8 @@ class TritonExecutor(Executor):
             "n_row_scalars": len(bucket.rule.scalars),
             "dtype": bucket.dtype,
         }
+        if threshold is not None:
+            choices["threshold_name"] = threshold.__name__
         return arguments, choices
 
     def _apply_choices(self, bucket: Bucket, knobs: Knobs) -> dict[str, Any]:
@@ -171,7 +236,7 @@ class TritonExecutor(Executor):
             "hyper_name": bucket.rule.hyper.__name__,
             "clamp": knobs.clip_numbers[2] != float("inf"),
             "dtype": bucket.dtype,
-            "grad_dtype": bucket.dtype,
+            "grad_dtype": bucket.grad_dtype,
             "state_dtypes": (storage.dtype,) * len(bucket.rule.slots),
             "storage": (storage.state, storage.weights, bucket.rule.unsigned),
         }
@@ -203,9 +268,10 @@ class TritonExecutor(Executor):
                 arguments, choices = self._decide_arguments(bucket, knobs)
                 with bucket.here:
                     self._launch.launch_decide(*arguments, **choices)
-        if knobs.nonfinite == "raise" and int(self._buckets[0].skip):  # to raise is to wait for the device
+            knobs.records.share(self._partials)
+        if knobs.nonfinite == "raise" and int(self._buckets[0].skip) == 1:  # to raise is to wait for the device
             raise FloatingPointError("the gradients hold an inf or NaN, and nonfinite='raise'; nothing was changed")
-        if knobs.nonfinite != "skip":
+        if not knobs.may_skip:
             return False
         device = self._buckets[0].device
         if device.type == "cpu":
@@ -215,17 +281,43 @@ class TritonExecutor(Executor):
                 self._mirror.post(knobs.clock(device))
         return False
 
+    def captures(self) -> bool:
+        return self._capturable is not None and capture.capturing(self._capturable)
+
+    def hand_over(self) -> list[Any]:
+        tables = [table for bucket in self._buckets for table in bucket.hand_over()]
+        trusts = [bucket.trust for bucket in self._buckets]
+        return [*self._partials.values(), self._barrier, *trusts, self._units, *tables]
+
     def arrived_clock(self) -> int | None:
         return self._mirror.poll()
 
-    def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
+    def refresh(self) -> None:
         for bucket in self._buckets:
+            bucket.refresh()
+
+    def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
+        for bucket, units in itertools.zip_longest(self._buckets, self._units):
             segments = bucket.segments if knobs.measures else bucket.gather(grads)
             if self._in_one(knobs):
                 if not knobs.measures:
                     self._step(knobs)
             elif bucket.n_chunks:
+                choices = self._apply_choices(bucket, knobs)
                 with bucket.here:
+                    if bucket.trust is not None:
+                        self._launch_trust.launch_trust(
+                            bucket.n_chunks,
+                            segments,
+                            bucket.chunks,
+                            bucket.rows,
+                            bucket.skip,
+                            bucket.chunk_size,
+                            bucket.trust,
+                            bucket.tensors,
+                            bucket.first_partial,
+                            **choices,
+                        )
                     self._launch.launch_apply(
                         bucket.n_chunks,
                         segments,
@@ -233,6 +325,7 @@ class TritonExecutor(Executor):
                         bucket.rows,
                         bucket.skip,
                         bucket.chunk_size,
-                        **self._apply_choices(bucket, knobs),
+                        *((units.table, units.factors) if units is not None else ()),
+                        **choices,
                     )
             bucket.put_back()

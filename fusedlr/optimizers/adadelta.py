@@ -55,9 +55,22 @@ class Adadelta(FusedOptimizer):
 
     where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
 
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        one_minus_rho = 1 - rho
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        if weight_decay != 0:
+            g = g + weight_decay*p
+        square_avg = rho*square_avg + one_minus_rho*g*g
+        delta = g * sqrt(acc_delta + eps) / sqrt(square_avg + eps)
+        acc_delta = rho*acc_delta + one_minus_rho*delta*delta
+        p = p - lr*delta
+
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         rho: decay rate :math:`\rho` of both averages, in [0, 1].
         eps: added under both roots; at least 0.
         weight_decay: L2 penalty :math:`\lambda`, added to the gradient; at least 0.
@@ -75,9 +88,14 @@ class Adadelta(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.Adadelta does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.Adadelta`, after Zeiler, "ADADELTA: An Adaptive Learning Rate Method"
-    (2012). The state is ``square_avg`` (:math:`v`) and ``acc_delta`` (:math:`u`).
+    Differs from torch:
+        - Nothing beyond what all optimizers have.
+
+    Source:
+        Zeiler, "ADADELTA: An Adaptive Learning Rate Method" (2012), as :class:`torch.optim.Adadelta` has it.
 
     Example:
         >>> import torch, fusedlr

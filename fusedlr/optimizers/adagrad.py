@@ -82,9 +82,20 @@ class Adagrad(FusedOptimizer):
 
     where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
 
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        step_size = lr / (1 + (step - 1)*lr_decay)
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        if weight_decay != 0:
+            g = g + weight_decay*p
+        sum = sum + g*g
+        p = p - step_size * g / (sqrt(sum) + eps)
+
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         lr_decay: decay :math:`\delta` of the learning rate with a tensor's own steps n; at least 0.
         weight_decay: L2 penalty :math:`\lambda`, added to the gradient; at least 0.
         initial_accumulator_value: what :math:`\tau` the sums of squares start at; at least 0.
@@ -103,11 +114,18 @@ class Adagrad(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.Adagrad does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.Adagrad`, after Duchi, Hazan and Singer, "Adaptive Subgradient Methods
-    for Online Learning and Stochastic Optimization" (2011). The state is ``sum``, and as in torch it is there from
-    the beginning, with the ``initial_accumulator_value`` of the constructor; a group added later gets its own with
-    its first gradient. ``lr_decay`` and ``schedule`` multiply. Sparse gradients are an error.
+    Differs from torch:
+        - Sparse gradients are an error, and so is ``share_memory()``: the sums lie in flat buffers.
+        - As in torch the sums are there from the beginning, at the ``initial_accumulator_value`` of the constructor;
+          those of a group that is added later come with its first gradient.
+        - ``lr_decay`` and ``schedule`` multiply.
+
+    Source:
+        Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization" (2011),
+        as :class:`torch.optim.Adagrad` has it.
 
     Example:
         >>> import torch, fusedlr

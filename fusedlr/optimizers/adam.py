@@ -135,14 +135,36 @@ class Adam(FusedOptimizer):
         p &\leftarrow p - \frac{\eta_t}{1-\beta_1^t} \cdot
         \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
 
-    where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
+    where :math:`c` is the clip factor, :math:`\eta_t` the scheduled learning rate and :math:`t` in powers the count
+    of the tensor's own steps, from 1.
+
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        decay = 1 - lr*weight_decay
+        one_minus_beta1 = 1 - beta1
+        one_minus_beta2 = 1 - beta2
+        step_size = lr / (1 - beta1**step)
+        bias_correction2_sqrt = sqrt(1 - beta2**step)
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        if decoupled_weight_decay:
+            p = decay*p
+        elif weight_decay != 0:
+            g = g + weight_decay*p
+        exp_avg = exp_avg + one_minus_beta1*(g - exp_avg)
+        exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*g*g
+        largest = exp_avg_sq
+        if amsgrad:
+            largest = max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq)
+        p = p - step_size * exp_avg / (sqrt(largest)/bias_correction2_sqrt + eps)
 
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
-        betas: decay rates of the two moments, each in [0, 1).
-        eps: added to the denominator.
-        weight_decay: L2 penalty :math:`\lambda`, added to the gradient.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
+        betas: decay rates of the two moments, each in [0, 1); two floats or two one-element tensors.
+        eps: added to the denominator; at least 0.
+        weight_decay: L2 penalty :math:`\lambda`, added to the gradient; at least 0.
         amsgrad: divide by the root of the largest :math:`v` so far.
         foreach: accepted for compatibility with torch.optim; chooses nothing here.
         maximize: ascend instead of descend.
@@ -160,9 +182,17 @@ class Adam(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.Adam does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.Adam`, after Kingma and Ba, "Adam: A Method for Stochastic Optimization"
-    (2015), and Reddi et al., "On the Convergence of Adam and Beyond" (2018), for AMSGrad.
+    Differs from torch:
+        - torch's fused kernel for GPUs takes the betas in float32, where 1 - 0.999 is 1.3e-5 off; here 1 - beta is
+          float64, as in torch's other versions, and the bias corrections are taken without cancellation (not in
+          PyTorch's CPU operator).
+
+    Source:
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015); AMSGrad: Reddi et al., "On the Convergence
+        of Adam and Beyond" (2018); as :class:`torch.optim.Adam` has them.
 
     Example:
         >>> import torch, fusedlr
@@ -239,14 +269,33 @@ class AdamW(FusedOptimizer):
         p &\leftarrow p - \frac{\eta_t}{1-\beta_1^t} \cdot
         \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
 
-    where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
+    where :math:`c` is the clip factor, :math:`\eta_t` the scheduled learning rate and :math:`t` in powers the count
+    of the tensor's own steps, from 1.
+
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        decay = 1 - lr*weight_decay
+        one_minus_beta1 = 1 - beta1
+        one_minus_beta2 = 1 - beta2
+        step_size = lr / (1 - beta1**step)
+        bias_correction2_sqrt = sqrt(1 - beta2**step)
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        p = decay*p
+        exp_avg = exp_avg + one_minus_beta1*(g - exp_avg)
+        exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*g*g
+        largest = exp_avg_sq
+        if amsgrad:
+            largest = max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq)
+        p = p - step_size * exp_avg / (sqrt(largest)/bias_correction2_sqrt + eps)
 
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
-        betas: decay rates of the two moments, each in [0, 1).
-        eps: added to the denominator.
-        weight_decay: decoupled weight decay :math:`\lambda`.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
+        betas: decay rates of the two moments, each in [0, 1); two floats or two one-element tensors.
+        eps: added to the denominator; at least 0.
+        weight_decay: decoupled weight decay :math:`\lambda`; at least 0.
         amsgrad: divide by the root of the largest :math:`v` so far.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility with torch.optim; chooses nothing here.
@@ -263,9 +312,16 @@ class AdamW(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.AdamW does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.AdamW`, after Loshchilov and Hutter, "Decoupled Weight Decay
-    Regularization" (2019).
+    Differs from torch:
+        - torch's fused kernel for GPUs takes the betas in float32, where 1 - 0.999 is 1.3e-5 off; here 1 - beta is
+          float64, as in torch's other versions, and the bias corrections are taken without cancellation (not in
+          PyTorch's CPU operator).
+
+    Source:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), as :class:`torch.optim.AdamW` has it.
 
     Example:
         >>> import torch, fusedlr

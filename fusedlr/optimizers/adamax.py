@@ -52,11 +52,25 @@ class Adamax(FusedOptimizer):
         u \leftarrow \max(\beta_2 u,\; |g| + \epsilon) \\
         p &\leftarrow p - \frac{\eta_t}{1-\beta_1^t} \cdot \frac{m}{u}
 
-    where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
+    where :math:`c` is the clip factor, :math:`\eta_t` the scheduled learning rate and :math:`t` in powers the count
+    of the tensor's own steps, from 1.
+
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        one_minus_beta1 = 1 - beta1
+        step_size = lr / (1 - beta1**step)
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        if weight_decay != 0:
+            g = g + weight_decay*p
+        exp_avg = exp_avg + one_minus_beta1*(g - exp_avg)
+        exp_inf = max(beta2*exp_inf, abs(g) + eps)
+        p = p - step_size * exp_avg / exp_inf
 
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         betas: decay rates of the average and of the norm, each in [0, 1).
         eps: added to the magnitude of the gradient; at least 0.
         weight_decay: L2 penalty :math:`\lambda`, added to the gradient; at least 0.
@@ -74,9 +88,15 @@ class Adamax(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.Adamax does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.Adamax`, after Kingma and Ba, "Adam: A Method for Stochastic
-    Optimization" (2015), section 7. The state is ``exp_avg`` (:math:`m`) and ``exp_inf`` (:math:`u`).
+    Differs from torch:
+        - The power of beta1 is taken without cancellation; torch computes 1 - beta1**step directly.
+
+    Source:
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015), section 7, as :class:`torch.optim.Adamax`
+        has it.
 
     Example:
         >>> import torch, fusedlr

@@ -53,9 +53,21 @@ class Lion(FusedOptimizer):
 
     where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
 
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        decay = 1 - lr*weight_decay
+        one_minus_beta1 = 1 - beta1
+        one_minus_beta2 = 1 - beta2
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        update = sign(beta1*exp_avg + one_minus_beta1*g)
+        exp_avg = exp_avg + one_minus_beta2*(g - exp_avg)
+        p = decay*p - lr*update
+
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         betas: weights of the momentum in the update and in its own average, each in [0, 1).
         weight_decay: decoupled weight decay :math:`\lambda`; at least 0.
         maximize: ascend instead of descend.
@@ -73,11 +85,18 @@ class Lion(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, in the words of torch.optim, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    After Chen et al., "Symbolic Discovery of Optimization Algorithms" (2023), algorithm 2; torch.optim has no such
-    class. The state is ``exp_avg`` (:math:`m`). Every element moves by the lr itself, so that the paper advises a
-    lr 3 to 10 times below AdamW's and a weight decay as much above. A gradient that is NaN gives a parameter that
-    is NaN.
+    Differs from torch:
+        - torch.optim has no such class; arguments that are torch's elsewhere mean the same here.
+        - A gradient that is NaN gives a parameter that is NaN. ``torch.sign`` makes 0 of it, and the weight would stand
+          still without anybody noticing.
+        - Every element moves by the lr itself, so the paper advises a lr 3 to 10 times below AdamW's and a weight decay
+          as much above.
+
+    Source:
+        Chen et al., "Symbolic Discovery of Optimization Algorithms" (2023), algorithm 2.
 
     Example:
         >>> import torch, fusedlr

@@ -97,11 +97,34 @@ class NAdam(FusedOptimizer):
         p &\leftarrow p - \eta_t \left(\frac{1-\mu_t}{1-\pi_t}\, g + \frac{\mu_{t+1}}{1-\pi_t \mu_{t+1}}\, m\right)
         \Big/ \left(\sqrt{v/(1-\beta_2^t)} + \epsilon\right)
 
-    where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
+    where :math:`c` is the clip factor, :math:`\eta_t` the scheduled learning rate and :math:`t` in powers the count
+    of the tensor's own steps, from 1.
+
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        decay = 1 - lr*weight_decay
+        one_minus_beta1 = 1 - beta1
+        one_minus_beta2 = 1 - beta2
+        bias_correction2 = 1 - beta2**step
+        mu = beta1 * (1 - 0.5 * 0.96**(step*momentum_decay))
+        mu_next = beta1 * (1 - 0.5 * 0.96**((step + 1)*momentum_decay))
+        mu_product = mu_product * mu
+        grad_size = lr * (1 - mu) / (1 - mu_product)
+        avg_size = lr * mu_next / (1 - mu_product*mu_next)
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        if decoupled_weight_decay:
+            p = decay*p
+        elif weight_decay != 0:
+            g = g + weight_decay*p
+        exp_avg = exp_avg + one_minus_beta1*(g - exp_avg)
+        exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*g*g
+        p = p - (grad_size*g + avg_size*exp_avg) / (sqrt(exp_avg_sq/bias_correction2) + eps)
 
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator; at least 0.
         weight_decay: L2 penalty :math:`\lambda`, added to the gradient; at least 0.
@@ -121,11 +144,16 @@ class NAdam(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.NAdam does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.NAdam`, after Dozat, "Incorporating Nesterov Momentum into Adam" (2016),
-    with the decay of Loshchilov and Hutter where it is decoupled. The state is ``exp_avg``, ``exp_avg_sq``, and a
-    number for each tensor, ``mu_product`` (:math:`\pi_t`). torch rounds that one to float32 before it uses it, and
-    this class afterwards.
+    Differs from torch:
+        - torch rounds ``mu_product`` to float32 before it uses it, this class afterwards: the old product is a float32
+          number, the new one float64 until it is stored.
+
+    Source:
+        Dozat, "Incorporating Nesterov Momentum into Adam" (2016), with the decay of Loshchilov and Hutter where it is
+        decoupled; as :class:`torch.optim.NAdam` has it.
 
     Example:
         >>> import torch, fusedlr

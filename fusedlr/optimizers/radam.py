@@ -95,11 +95,35 @@ class RAdam(FusedOptimizer):
         p &\leftarrow p - \frac{\eta_t}{1-\beta_1^t}\, m \cdot
         \begin{cases} r_t \sqrt{1-\beta_2^t} \,/\, (\sqrt{v} + \epsilon) & \rho_t > 5 \\ 1 & \text{else} \end{cases}
 
-    where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
+    where :math:`c` is the clip factor, :math:`\eta_t` the scheduled learning rate and :math:`t` in powers the count
+    of the tensor's own steps, from 1.
+
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        decay = 1 - lr*weight_decay
+        one_minus_beta1 = 1 - beta1
+        one_minus_beta2 = 1 - beta2
+        step_size = lr / (1 - beta1**step)
+        rho_inf = 2/(1 - beta2) - 1
+        rho = rho_inf - 2*step * beta2**step / (1 - beta2**step)
+        if rho > 5:
+            rectification = sqrt((rho - 4)*(rho - 2)*rho_inf / ((rho_inf - 4)*(rho_inf - 2)*rho))
+            step_size = step_size * rectification * sqrt(1 - beta2**step)
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        if decoupled_weight_decay:
+            p = decay*p
+        elif weight_decay != 0:
+            g = g + weight_decay*p
+        exp_avg = exp_avg + one_minus_beta1*(g - exp_avg)
+        exp_avg_sq = beta2*exp_avg_sq + one_minus_beta2*g*g
+        denominator = sqrt(exp_avg_sq) + eps if rho > 5 else 1
+        p = p - step_size * exp_avg / denominator
 
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator; at least 0.
         weight_decay: L2 penalty :math:`\lambda`, added to the gradient; at least 0.
@@ -118,11 +142,16 @@ class RAdam(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.RAdam does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.RAdam`, after Liu et al., "On the Variance of the Adaptive Learning Rate
-    and Beyond" (2020), with the decay of Loshchilov and Hutter where it is decoupled. The state is ``exp_avg`` and
-    ``exp_avg_sq``. Here :math:`1-\beta_2^t` is computed without cancellation: torch's :math:`\rho_t` is off by
-    1e-16/:math:`(1-\beta_2)^2`.
+    Differs from torch:
+        - :math:`1-\beta_2^t` is taken without cancellation: torch's :math:`\rho_t` is off by
+          1e-16/:math:`(1-\beta_2)^2`.
+
+    Source:
+        Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (2020), with the decay of Loshchilov and
+        Hutter where it is decoupled; as :class:`torch.optim.RAdam` has it.
 
     Example:
         >>> import torch, fusedlr

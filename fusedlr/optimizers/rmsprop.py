@@ -98,9 +98,27 @@ class RMSprop(FusedOptimizer):
 
     where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
 
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        one_minus_alpha = 1 - alpha
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        if weight_decay != 0:
+            g = g + weight_decay*p
+        square_avg = alpha*square_avg + one_minus_alpha*g*g
+        variance = square_avg
+        if centered:
+            grad_avg = grad_avg + one_minus_alpha*(g - grad_avg)
+            variance = square_avg - grad_avg*grad_avg
+        update = g / (sqrt(variance) + eps)
+        if momentum > 0:
+            update = momentum_buffer = momentum*momentum_buffer + update
+        p = p - lr*update
+
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
         alpha: decay rate :math:`\alpha` of the averages, at least 0.
         eps: added to the denominator; at least 0.
         weight_decay: L2 penalty :math:`\lambda`, added to the gradient; at least 0.
@@ -120,12 +138,17 @@ class RMSprop(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.RMSprop does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.RMSprop`, after Tieleman and Hinton, "Lecture 6.5: RMSprop" (2012); the
-    centered one after Graves, "Generating Sequences With Recurrent Neural Networks" (2013). The state is
-    ``square_avg``, ``momentum_buffer`` (with momentum) and ``grad_avg`` (when centered). As in torch,
-    :math:`\epsilon` is added behind the root, and where rounding makes :math:`v - a^2` negative (a gradient that
-    stays the same for long) the result is NaN.
+    Differs from torch:
+        - With a schedule of the momentum the buffer is kept where the momentum passes through 0.
+        - As in torch, eps is added behind the root, and where rounding makes the variance of a centered one negative (a
+          gradient that stays the same for long) the result is NaN.
+
+    Source:
+        Tieleman and Hinton, "Lecture 6.5: RMSprop" (2012); the centered one: Graves, "Generating Sequences With
+        Recurrent Neural Networks" (2013); as :class:`torch.optim.RMSprop` has them.
 
     Example:
         >>> import torch, fusedlr

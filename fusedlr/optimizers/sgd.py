@@ -104,12 +104,25 @@ class SGD(FusedOptimizer):
 
     where :math:`c` is the clip factor and :math:`\eta_t` the scheduled learning rate.
 
+    Algorithm:
+        # once a tensor, in float64
+        step = step + 1
+        one_minus_dampening = 1 - dampening
+        # each element, in float32
+        g = -c*g if maximize else c*g
+        if weight_decay != 0:
+            g = g + weight_decay*p
+        if momentum != 0:
+            momentum_buffer = g if step == 1 else momentum*momentum_buffer + one_minus_dampening*g
+            g = g + momentum*momentum_buffer if nesterov else momentum_buffer
+        p = p - lr*g
+
     Args:
         params: parameters (any shape; float32, float64, bfloat16, float16) or param groups.
-        lr: learning rate, a float or a one-element tensor; the base of ``schedule``.
-        momentum: momentum factor :math:`\mu`.
+        lr: learning rate, at least 0, a float or a one-element tensor; the base of ``schedule``.
+        momentum: momentum factor :math:`\mu`; at least 0.
         dampening: dampening :math:`\tau` of the momentum.
-        weight_decay: L2 penalty :math:`\lambda`.
+        weight_decay: L2 penalty :math:`\lambda`, added to the gradient; at least 0.
         nesterov: Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility with torch.optim; chooses nothing here.
@@ -125,9 +138,19 @@ class SGD(FusedOptimizer):
 
     Raises:
         ValueError: for values outside their ranges, as torch.optim.SGD does, and for unknown options.
+        TypeError: for a ``schedule`` or a ``clip`` of another type.
+        RuntimeError: for ``backend="triton"`` where Triton cannot run.
 
-    The rule is that of :class:`torch.optim.SGD`, after Sutskever et al., "On the importance of initialization and
-    momentum in deep learning" (2013). The state is ``momentum_buffer`` (with momentum), and ``step`` besides.
+    Differs from torch:
+        - The state holds ``step`` too: the first step is the one in which it becomes 1. torch tells it by the missing
+          buffer.
+        - With a schedule of the momentum the buffer is kept where the momentum passes through 0.
+        - On the CPU, where the rule is linear in the gradient, the clip factor is folded into lr, weight_decay and
+          dampening.
+
+    Source:
+        Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013), as
+        :class:`torch.optim.SGD` has it.
 
     Example:
         >>> import torch, fusedlr

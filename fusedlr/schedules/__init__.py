@@ -16,6 +16,7 @@ from .decays import (
     SqrtDecay,
     StepDecay,
 )
+from .live import Plateau, TimeDecay
 from .program import Kind, Packed, Row, pack, value
 from .ramps import Constant, Cosine, Linear, Polynomial, Warmup
 from .tables import Lambda, Table
@@ -43,6 +44,7 @@ __all__ = [
     "OneCycle",
     "Packed",
     "PerEpoch",
+    "Plateau",
     "Polynomial",
     "PowerDecay",
     "Product",
@@ -51,6 +53,7 @@ __all__ = [
     "SqrtDecay",
     "StepDecay",
     "Table",
+    "TimeDecay",
     "Warmup",
     "from_torch",
     "pack",

@@ -50,6 +50,8 @@ class Schedule(ABC):
         (0.01, 1.0, 1.0, 0.1)
     """
 
+    _axis = "step"
+
     @property
     @abstractmethod
     def length(self) -> int | None:
@@ -139,8 +141,9 @@ class Schedule(ABC):
         points = min(last, _POINTS)
         times = [last * i // points for i in range(points + 1)] if points else [0]
         _, axes = pyplot.subplots()
-        axes.plot(times, [value(rows, t) for t in times])
-        axes.set(title=shorten(repr(self), 100), xlabel="step", ylabel="value")
+        # Time has no rows of its own: what follows it is asked for itself.
+        axes.plot(times, [value(rows, t) if self._axis == "step" else self(t, base_lr) for t in times])
+        axes.set(title=shorten(repr(self), 100), xlabel=self._axis, ylabel="value")
         return axes
 
     def __repr__(self) -> str:
@@ -250,12 +253,17 @@ class ForSteps(Schedule):
 
     def _rows(self, base_lr: float) -> list[Row]:
         rows = self.schedule._rows(base_lr)
-        last = value(rows, self.steps)
-        held = [
-            Row(self.steps, math.inf, 0, Kind.CONST, 1.0 if factor else last, factor=factor)
-            for factor in range(factors(rows))
-        ]
-        return [row for row in rows if row.start < self.steps] + held
+        kept = [row for row in rows if row.start < self.steps]
+        for i, row in enumerate(kept):
+            if row.kind == Kind.LIVE:
+                kept[i] = row._replace(length=min(row.length, (self.steps - row.start) / row.stride))
+        # What follows something else than the steps stays in force, and follows it no longer; the rest holds its value.
+        now = {row.factor: row for row in rows if row.start <= self.steps}
+        live = {f for f, row in now.items() if row.kind == Kind.LIVE and row.start < self.steps}
+        still = [factor for factor in range(factors(rows)) if factor not in live]
+        last = value([row for row in rows if row.factor not in live], self.steps)
+        held = [Row(self.steps, math.inf, 0, Kind.CONST, last if f == still[0] else 1.0, factor=f) for f in still]
+        return kept + held
 
     def momentum_schedule(self) -> Schedule | None:
         """The momentum cycle of the schedule for as many steps."""

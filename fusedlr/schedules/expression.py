@@ -18,6 +18,7 @@ from .decays import (
     SqrtDecay,
     StepDecay,
 )
+from .live import Plateau, TimeDecay
 from .ramps import Constant, Cosine, Linear, Polynomial, Warmup
 from .tables import Table
 from .warmups import WSD, InverseSqrt, Noam
@@ -28,8 +29,8 @@ _MAKERS: dict[str, Callable[..., Schedule]] = {
     maker.__name__: maker
     for maker in (
         WSD, Constant, Cosine, CosineRestarts, Cyclic, ExponentialDecay, InverseSqrt, InverseTimeDecay, Linear,
-        LinearDecay, MultiStepDecay, Noam, OneCycle, Polynomial, PowerDecay, SqrtDecay, StepDecay, Table, Warmup,
-        per_epoch, product,
+        LinearDecay, MultiStepDecay, Noam, OneCycle, Plateau, Polynomial, PowerDecay, SqrtDecay, StepDecay, Table,
+        TimeDecay, Warmup, per_epoch, product,
     )
 }  # fmt: skip
 _METHODS = ("then", "for_steps")
@@ -41,7 +42,7 @@ def parse(text: str) -> Schedule:
 
     Only the schedules of this package can be called, by their bare names, and ``then`` and ``for_steps`` on what they
     give; arguments are numbers, strings, True, False, None, lists, tuples and schedules. What a schedule prints can be
-    read again, ``momentum_schedule()`` aside.
+    read again, ``momentum_schedule()`` and a TimeDecay's clock aside.
 
     Args:
         text: the expression, at most 100,000 characters.

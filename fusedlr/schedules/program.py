@@ -50,6 +50,7 @@ class Row(NamedTuple):
     ``q = clamp((length - n)/length, 0, 1)``. ``start`` and ``stride`` are whole; ``offset`` and ``length`` may be
     fractional, and ``length`` is infinite where a formula has none. ``a``, ``b`` and ``p0`` to ``p2`` mean what the
     kind's formula says. ``values`` holds the numbers of a TABLE or LIVE row, beginning at index ``p2``.
+    The number of a LIVE row changes during its ``length`` and is held from there on.
     """
 
     start: int

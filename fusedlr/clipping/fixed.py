@@ -1,4 +1,4 @@
-"""Gradient clipping: specifications, and the reference of what each does to a gradient.
+"""Clipping by fixed thresholds, and what all strategies have.
 
 A strategy says which norm it needs (``norm_type`` and ``scope``) and turns it into the factor that multiplies the
 gradient; ``Value`` needs no norm and bounds each element instead. The factor has a twin of the same name in
@@ -15,28 +15,35 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-__all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip"]
+__all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip", "clip_factor", "normalize_factor",
+           "positive"]  # fmt: skip
 
 
 def clip_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
     """min(1, max_norm/(norm + eps)) for a float or a tensor; a NaN norm gives NaN, as in torch's clip_grad_norm_."""
-    factor = max_norm / (norm + eps)
-    if isinstance(factor, Tensor):
-        return torch.clamp(factor, max=1.0)
-    return 1.0 if factor >= 1.0 else factor
+    if isinstance(norm, Tensor):
+        return torch.clamp(max_norm / (norm + eps), max=1.0)
+    whole = norm + eps
+    # Python raises for x/0, where tensors have inf.
+    return 1.0 if whole == 0.0 or max_norm / whole >= 1.0 else max_norm / whole
 
 
 def normalize_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
     """1/(norm + eps) for a float or a tensor; ``max_norm`` is not used."""
-    return 1.0 / (norm + eps)
+    if isinstance(norm, Tensor):
+        return 1.0 / (norm + eps)
+    whole = norm + eps
+    return math.inf if whole == 0.0 else 1.0 / whole
 
 
 @dataclass(frozen=True)
 class Clip(ABC):
     """What all clipping strategies have; use one of the classes below."""
 
-    scope: ClassVar[str | None] = None  # "global", "tensor", or None where no norm is measured
+    scope: ClassVar[str | None] = None  # "global", "tensor", "unit", or None where no norm is measured
     factor: ClassVar[Any] = None
+    settings: ClassVar[tuple[str, ...]] = ()  # names of the numbers that the device needs beside ``numbers``
+    threshold: ClassVar[Any] = None  # what makes max_norm of the norms so far; None where it is fixed
 
     @property
     @abstractmethod
@@ -44,7 +51,7 @@ class Clip(ABC):
         """(max_norm, eps, limit): what the strategy brings to the device; ``limit`` is inf where none is."""
 
 
-def _positive(name: str, value: Any, *, allow_inf: bool = False, allow_zero: bool = False) -> float:
+def positive(name: str, value: Any, *, allow_inf: bool = False, allow_zero: bool = False) -> float:
     """The value as a float, or a ValueError that names it and the range."""
     bounds = f"{'>= 0' if allow_zero else '> 0'}{'' if allow_inf else ' and finite'}"
     if isinstance(value, (bool, str)) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
@@ -59,7 +66,7 @@ def _positive(name: str, value: Any, *, allow_inf: bool = False, allow_zero: boo
 def _norm_type(value: Any) -> float:
     if isinstance(value, str) and value == "inf":
         return math.inf
-    return _positive("norm_type", value, allow_inf=True)
+    return positive("norm_type", value, allow_inf=True)
 
 
 @final
@@ -77,6 +84,7 @@ class GlobalNorm(Clip):
 
     Raises:
         ValueError: for a value outside its range.
+        TypeError: for a value that is no number.
 
     This is :func:`torch.nn.utils.clip_grad_norm_`, after Pascanu et al., "On the difficulty of training recurrent
     neural networks" (2013); the norm is accumulated in float32 or wider whatever the dtype of the gradients.
@@ -95,9 +103,9 @@ class GlobalNorm(Clip):
     factor: ClassVar[Any] = staticmethod(clip_factor)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_norm", _positive("max_norm", self.max_norm, allow_inf=True))
+        object.__setattr__(self, "max_norm", positive("max_norm", self.max_norm, allow_inf=True))
         object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
-        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -119,6 +127,7 @@ class TensorNorm(Clip):
 
     Raises:
         ValueError: for a value outside its range.
+        TypeError: for a value that is no number.
 
     Keras calls it ``clipnorm`` (there without eps).
 
@@ -135,9 +144,9 @@ class TensorNorm(Clip):
     factor: ClassVar[Any] = staticmethod(clip_factor)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_norm", _positive("max_norm", self.max_norm, allow_inf=True))
+        object.__setattr__(self, "max_norm", positive("max_norm", self.max_norm, allow_inf=True))
         object.__setattr__(self, "norm_type", _norm_type(self.norm_type))
-        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -156,6 +165,7 @@ class Value(Clip):
 
     Raises:
         ValueError: for a limit that is not > 0.
+        TypeError: for a limit that is no number.
 
     This is :func:`torch.nn.utils.clip_grad_value_`. It measures no norm; a NaN stays NaN.
 
@@ -168,7 +178,7 @@ class Value(Clip):
     limit: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", _positive("limit", self.limit, allow_inf=True))
+        object.__setattr__(self, "limit", positive("limit", self.limit, allow_inf=True))
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -184,12 +194,13 @@ class Normalize(Clip):
 
     Args:
         scope: "tensor" or "global".
-        eps: added to the (Euclidean) norm, >= 0.
+        eps: added to the (Euclidean) norm, >= 0; with 0, a gradient of zeros becomes NaN.
 
     Raises:
         ValueError: for another scope or a negative eps.
+        TypeError: for an eps that is no number.
 
-    optax calls it ``normalize_by_update_norm``.
+    ``Normalize("global")`` is optax's ``normalize_by_update_norm``.
 
     Example:
         >>> from fusedlr.clipping import Normalize
@@ -205,7 +216,7 @@ class Normalize(Clip):
     def __post_init__(self) -> None:
         if self.scope not in ("tensor", "global"):
             raise ValueError(f"scope must be 'tensor' or 'global', but got {self.scope!r}")
-        object.__setattr__(self, "eps", _positive("eps", self.eps, allow_zero=True))
+        object.__setattr__(self, "eps", positive("eps", self.eps, allow_zero=True))
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -221,4 +232,4 @@ def as_clip(clip: Clip | float | None) -> Clip | None:
             f"clip must be a strategy of fusedlr.clipping, a number > 0 or None, but got {clip!r} "
             f"({type(clip).__name__}); pass for example clip=fusedlr.clipping.GlobalNorm(1.0)"
         )
-    return GlobalNorm(_positive("clip", clip, allow_inf=True))
+    return GlobalNorm(positive("clip", clip, allow_inf=True))

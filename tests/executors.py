@@ -1,0 +1,37 @@
+"""The three executors side by side: what a test takes as ``executor``, and an optimizer whose steps show the clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedlr
+from fusedlr import optimizer as core
+from fusedlr.backends.device import DeviceExecutor
+
+
+@pytest.fixture(params=["host", "device", "triton"])
+def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The PyTorch backend of CPUs, that of accelerators run on CPU tensors, and Triton."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    if request.param == "device":
+        monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+    return str(request.param)
+
+
+def place_of(executor: str) -> torch.device:
+    return torch.device("cuda" if executor == "triton" and torch.cuda.is_available() else "cpu")
+
+
+def backend_of(executor: str) -> str:
+    return "triton" if executor == "triton" else "torch"
+
+
+def sgd(params: Sequence[Tensor], clip: Any, executor: str, **options: Any) -> fusedlr.SGD:
+    """With lr 1 a step takes the clipped gradient off the parameter."""
+    return fusedlr.SGD(params, lr=1.0, clip=clip, backend=backend_of(executor), **options)
