@@ -34,8 +34,8 @@ SALTS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
 SHIFT = 20  # bits of a float32 that a code lacks: 3 of its 23 remain
 HALF = 1 << 19
 SIGNED_D, UNSIGNED_D = 2.0**-16, 2.0**-32
-# The value of the largest code, 127 or 255, before it is scaled.
-TOP = 0.9375
+# The value of the largest code, 127 or 255, before it is scaled; 2**-32 less is the same float32.
+SIGNED_TOP, UNSIGNED_TOP = 0.9375 - 2.0**-16, 0.9375
 # Groups below count as zero: the reciprocal must stay in range.
 LEAST = 2.0**-120
 NAN = 0x7FC00000
@@ -187,9 +187,9 @@ def _spread(per_group: Tensor, numel: int) -> Tensor:
 
 def encode(x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
     """A flat float32 as (8-bit codes, scales), each to the nearest; what is not 0 stays so without a sign."""
-    d = UNSIGNED_D if unsigned else SIGNED_D
+    d, top = (UNSIGNED_D, UNSIGNED_TOP) if unsigned else (SIGNED_D, SIGNED_TOP)
     scales = group_scales(x)
-    inverse = torch.where(scales >= LEAST, TOP / scales, 0.0)
+    inverse = torch.where(scales >= LEAST, top / scales, 0.0)
     bits = x.view(torch.int32)
     shifted = (x.abs() * _spread(inverse, x.numel()) + d).view(torch.int32)
     codes = (shifted + (HALF - _bits(d))) >> SHIFT
@@ -202,10 +202,10 @@ def encode(x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 that flat 8-bit codes mean."""
     unsigned = codes.dtype == torch.uint8
-    d = UNSIGNED_D if unsigned else SIGNED_D
+    d, top = (UNSIGNED_D, UNSIGNED_TOP) if unsigned else (SIGNED_D, SIGNED_TOP)
     wide = codes.to(torch.int32)
     y = ((wide.abs() << SHIFT) + _bits(d)).view(torch.float32) - d
-    y = y * _spread(scales * (1.0 / TOP), codes.numel())
+    y = y * _spread(scales * (1.0 / top), codes.numel())
     return y if unsigned else (y.view(torch.int32) ^ (wide & -(1 << 31))).view(torch.float32)
 
 

@@ -37,7 +37,8 @@ UNSIGNED_ROUND = tl.constexpr((1 << 19) - ((127 - 32) << 23))
 SIGN = tl.constexpr(-(1 << 31))
 SIGNED_D = tl.constexpr(2.0**-16)
 UNSIGNED_D = tl.constexpr(2.0**-32)
-TOP = tl.constexpr(0.9375)
+SIGNED_TOP = tl.constexpr(0.9375 - 2.0**-16)  # the value of the largest code
+UNSIGNED_TOP = tl.constexpr(0.9375)
 LEAST = tl.constexpr(2.0**-120)
 NAN = tl.constexpr(0x7FC00000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
@@ -237,7 +238,9 @@ def group_scales(x):
 def encode(x, UNSIGNED: tl.constexpr):
     """Rows of float32 as (8-bit codes as int8, scales), each to the nearest; what is not 0 stays so without a sign."""
     scales = group_scales(x)
-    inverse = tl.where(scales >= LEAST, TOP / scales, 0.0)
+    top = UNSIGNED_TOP if UNSIGNED else SIGNED_TOP
+    counts = scales >= LEAST
+    inverse = tl.where(counts, top / tl.where(counts, scales, 1.0), 0.0)
     bits = x.to(tl.int32, bitcast=True)
     if UNSIGNED:
         shifted = (tl.abs(x) * inverse + UNSIGNED_D).to(tl.int32, bitcast=True)
@@ -252,13 +255,14 @@ def encode(x, UNSIGNED: tl.constexpr):
 @triton.jit
 def decode(codes, scales, UNSIGNED: tl.constexpr):
     """The float32 that rows of 8-bit codes mean."""
-    size = scales * (1.0 / TOP)
     if UNSIGNED:
         wide = codes.to(tl.uint8, bitcast=True).to(tl.int32)
-        x = (((wide << SHIFT) + UNSIGNED_FIRST).to(tl.float32, bitcast=True) - UNSIGNED_D) * size
+        y = ((wide << SHIFT) + UNSIGNED_FIRST).to(tl.float32, bitcast=True) - UNSIGNED_D
+        x = y * (scales * (1.0 / UNSIGNED_TOP))
     else:
         wide = codes.to(tl.int32)
-        y = (((tl.abs(wide) << SHIFT) + SIGNED_FIRST).to(tl.float32, bitcast=True) - SIGNED_D) * size
+        y = ((tl.abs(wide) << SHIFT) + SIGNED_FIRST).to(tl.float32, bitcast=True) - SIGNED_D
+        y = y * (scales * (1.0 / SIGNED_TOP))
         x = (y.to(tl.int32, bitcast=True) ^ (wide & SIGN)).to(tl.float32, bitcast=True)
     return x
 
