@@ -24,6 +24,13 @@ from .schedules.expression import parse
 __all__ = ["main"]
 
 
+_PRECISIONS = {
+    "None": fusedlr.Precision(),
+    "exact()": fusedlr.Precision.exact(),
+    "compact()": fusedlr.Precision.compact(),
+}
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -56,6 +63,7 @@ def info() -> str:
         f"optimizers: {', '.join(name for name in fusedlr.__all__ if inspect.isclass(getattr(fusedlr, name)))}",
         f"schedules: {', '.join(schedules.__all__)}",
         f"clipping: {', '.join(clipping.__all__)}",
+        *(f"precision {name}: {value!r}" for name, value in _PRECISIONS.items()),
     ]
     return "\n".join(lines)
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .precision import GROUP, Storage
 
-__all__ = ["decode", "element_bits", "encode", "group_scales", "load_state", "load_weight", "merge", "missing",
-           "murmur", "nearest_away", "salted", "split", "step_key", "stochastic", "store_state", "store_weight",
-           "tensor_key"]  # fmt: skip
+__all__ = ["belongs", "decode", "element_bits", "encode", "group_scales", "load_state", "load_weight", "merge",
+           "missing", "murmur", "nearest_away", "salted", "split", "step_key", "stochastic", "store_state",
+           "store_weight", "tensor_key"]  # fmt: skip
 
 _GOLDEN = 0x9E3779B9
 # Odd constants, one for the weight and one for each slot.
@@ -143,18 +143,27 @@ def merge(p: Tensor, low: Tensor) -> Tensor:
     return torch.where(fits, whole, upper).view(torch.float32)
 
 
-def missing(w: Tensor, bits: int) -> Tensor:
-    """The missing bits of w beside its nearest bfloat16, whatever the parameter holds at the moment."""
+def belongs(w: Tensor, p: Tensor) -> Tensor:
+    """Where p is the float32 w rounded to the nearest; of two that are equally near, either."""
+    if p.dtype != torch.bfloat16:
+        return w.to(p.dtype) == p
+    off = w.view(torch.int32) - _bits_of_bfloat16(p) + 0x8000
+    return (off >= 0) & (off <= 0x10000)
+
+
+def missing(w: Tensor, p: Tensor, bits: int) -> Tensor:
+    """The missing bits of w beside p, or beside its own nearest bfloat16 where p is none: it may be loaded later."""
     whole = bits_of(w)
-    low = whole - _bits_of_bfloat16(_as_bfloat16(whole + 0x8000))
+    upper = torch.where(belongs(w, p), _bits_of_bfloat16(p), _bits_of_bfloat16(_as_bfloat16(whole + 0x8000)))
+    low = (whole - upper).clamp_max(0x7FFF)
     return low.to(torch.int16) if bits == 16 else ((low + 0x80) >> 8).clamp_max(127).to(torch.int8)
 
 
 def load_weight(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:
-    """The float32 weight: what is kept beside p counts only where it still rounds to p."""
+    """The float32 weight: what is kept beside p counts only where it still belongs to p."""
     if weights == "master":
         assert extra is not None
-        return torch.where(extra.to(p.dtype) == p, extra, p.to(torch.float32))
+        return torch.where(belongs(extra, p), extra, p.to(torch.float32))
     return p.to(torch.float32) if extra is None else merge(p, extra)
 
 

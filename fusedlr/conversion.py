@@ -84,8 +84,8 @@ def _same_groups(value: Tensor, leaf: Leaf) -> bool:
 def put_weight(leaf: Leaf, entry: Mapping[str, Any]) -> None:
     """Bring what completes the weight into the leaf's bank, from whatever an entry has of it.
 
-    A master copy becomes missing bits without a look at the parameter, which the user may load later; missing bits
-    become a master copy beside the parameter as it is now.
+    A master copy becomes missing bits of itself where the parameter is another: the user may load the model later.
+    Missing bits become a master copy beside the parameter as it is now.
     """
     assert leaf.bank is not None and leaf.extra is not None
     name, dtype = leaf.bank.storage.extra or ("", torch.float32)
@@ -98,7 +98,8 @@ def put_weight(leaf: Leaf, entry: Mapping[str, Any]) -> None:
     else:
         master = entry.get("master")
         w = master.to(torch.float32) if master is not None else full_weight(leaf.param, entry)
-        extra.copy_(codecs.missing(w, 8 * dtype.itemsize))
+        p = leaf.param.detach()
+        extra.copy_(codecs.missing(w.to(p.device), p, 8 * dtype.itemsize))
 
 
 def check_stored(leaf: Leaf, entry: Mapping[str, Any], rule: Rule, where: str) -> None:

@@ -11,10 +11,9 @@ import triton.language as tl
 
 from .segments import block_of
 
-__all__ = ["EXTRA_BYTES", "GROUP", "STATES", "WEIGHTS", "columns", "decode", "element_bits", "encode", "format_of",
-           "group_scales", "load_state", "load_weight", "merge", "murmur", "nearest", "nearest_away",
-           "nearest_interpreted", "salted", "split", "step_key", "stochastic", "store_state",
-           "store_weight"]  # fmt: skip
+__all__ = ["EXTRA_BYTES", "GROUP", "STATES", "WEIGHTS", "belongs", "columns", "decode", "element_bits", "encode",
+           "format_of", "group_scales", "load_state", "load_weight", "merge", "murmur", "nearest", "nearest_away",
+           "nearest_interpreted", "salted", "split", "step_key", "stochastic", "store_state", "store_weight"]  # fmt: skip
 
 STATES = {"plain": 0, "noisy": 1, "int8": 2}
 WEIGHTS = {"plain": 0, "noisy": 1, "master": 2, "split16": 3, "split8": 4, "noisy8": 5}
@@ -186,9 +185,20 @@ def merge(p, low, BITS: tl.constexpr):
 
 
 @triton.jit
+def belongs(w, p, ROUND: tl.constexpr, P: tl.constexpr):
+    """Where p is the float32 w rounded to the nearest; of two that are equally near, either."""
+    if P == tl.bfloat16:  # noqa: SIM300
+        off = w.to(tl.int32, bitcast=True) - bits_of_bfloat16(p) + 0x8000
+        good = (off >= 0) & (off <= 0x10000)
+    else:
+        good = ROUND(w, P) == p
+    return good
+
+
+@triton.jit
 def load_weight(p_ptr, extra_ptr, offset, lanes, mask, ALIGNED: tl.constexpr, ROUND: tl.constexpr, P: tl.constexpr,
                 WIDE: tl.constexpr, FORMAT: tl.constexpr, OTHER: tl.constexpr = None):  # fmt: skip
-    """The weight of a block in WIDE; what is kept beside p counts only where it still rounds to p.
+    """The weight of a block in WIDE; what is kept beside p counts only where it still belongs to p.
 
     OTHER, None or 0, is what masked lanes hold.
     """
@@ -199,7 +209,7 @@ def load_weight(p_ptr, extra_ptr, offset, lanes, mask, ALIGNED: tl.constexpr, RO
     else:
         extra = tl.load(block_of(extra_ptr, offset, ALIGNED) + lanes, mask=mask, other=OTHER)
         if KIND == MASTER:
-            w = tl.where(ROUND(extra, P) == p, extra, p.to(tl.float32))
+            w = tl.where(belongs(extra, p, ROUND, P), extra, p.to(tl.float32))
         else:
             w = merge(p, extra, 16 if KIND == SPLIT16 else 8)
     return w

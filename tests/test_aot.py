@@ -224,8 +224,10 @@ def test_the_norms_of_a_trust_ratio_read_16_bytes_at_once_and_spill_nothing(tabl
         elements = 4 if len(set(loads)) > 1 or 8 in loads else 8
         scales = len(trust.slots) if is_int8(name) else 0
         assert kernel["bytes_per_element"] == sum(loads) + scales * 4 / 64
-        assert len(kernel["loops"]) == 2, kernel
-        for loop in kernel["loops"]:
+        # Where code is placed behind the end, to be returned from, the two stores of sums seem to lie in a loop.
+        loops = [loop for loop in kernel["loops"] if loop["bytes"] > loop["stored"]]
+        assert len(loops) == 2, kernel
+        for loop in loops:
             assert loop["narrowest"] == min(128, 8 * elements * min(loads)), kernel
             assert loop["bytes"] % (elements * sum(loads) + 4 * scales) == 0 and loop["stored"] == 0, kernel
             assert loop["local"] == 0 and (loop["fp64"] == 0 or dtype == "fp64"), kernel
@@ -282,8 +284,9 @@ def test_memory_limits_the_loops_and_not_instructions(table: Table, arch: str) -
 
     That is 6 instructions a thread for each byte; an H100, with 3.35e12 bytes, has 9. A fifth is left for waiting, but
     not where LAMB's norms have a root and a division for 8 bytes of 16-bit numbers; an eighth of their instructions are
-    for the root of a denormal number, and hardly ever run. 8-bit state moves so little that instructions limit it on an
-    H200: but those of an element stay below the 144 that 24 bytes, the same step with float32 state, take there.
+    for the root of a denormal number, and hardly ever run; nor where three arrays of 16 bits take random bits. 8-bit
+    state moves so little that instructions limit it on an H200: but those of an element stay below the 144 that 24
+    bytes, the same step with float32 state, take there.
     """
     for name, kernel in table.items() if arch == "sm_90" else ():
         if kernel["loops"] and "fp64" not in name:
@@ -292,7 +295,8 @@ def test_memory_limits_the_loops_and_not_instructions(table: Table, arch: str) -
                 elements = least["bytes"] / kernel["bytes_per_element"]
                 assert least["instructions"] / elements < 144 and least["instructions"] / least["bytes"] < 9, kernel
             else:
-                most = 6 if name in ("norms-lamb-bf16", "norms-lamb-fp16") else 5
+                busy = name in ("norms-lamb-bf16", "norms-lamb-fp16") or form_of(name) == "bf16_noisy"
+                most = 6 if busy else 5
                 assert least["instructions"] / least["bytes"] < most, kernel
 
 

@@ -31,7 +31,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-# ---- split weights -------------------------------------------------------------------------------------------------
+# ---- split weights ---------------------------------------------------------------------------------------------------
 
 
 def test_sixteen_bits_give_the_float32_back(seed: int) -> None:
@@ -74,19 +74,32 @@ def test_bits_of_another_weight_move_a_parameter_by_half_its_spacing_at_most(bit
 
 def test_missing_bits_are_those_of_the_nearest_bfloat16(seed: int) -> None:
     w = torch.randn(10_000)
-    assert same_bits(codecs.merge(codecs.nearest_away(w), codecs.missing(w, 16)), w)
-    rounded = codecs.merge(codecs.nearest_away(w), codecs.missing(w, 8))
+    w[:99] = (w[:99].view(torch.int32) & -0x10000 | 0x8000).view(torch.float32)  # half-way between two
+    p = codecs.nearest_away(w)
+    assert same_bits(codecs.merge(p, codecs.missing(w, p, 16)), w)
+    # A parameter that is yet to be loaded; and one that was rounded to even, beside which a half does not quite fit.
+    assert torch.equal(codecs.missing(w, torch.zeros_like(p), 16), codecs.missing(w, p, 16))
+    even = w.bfloat16()
+    assert (even != p).any()
+    beside = codecs.merge(even, codecs.missing(w, even, 16))
+    assert torch.equal(beside[99:], w[99:]) and ((beside - w).abs() <= w.abs() * 2.0**-23).all()
+    rounded = codecs.merge(p, codecs.missing(w, p, 8))
     # A weight almost half-way to the next bfloat16 cannot be rounded up to it: a whole of the last bits there.
     assert ((rounded - w).abs() <= w.abs() * 2.0**-15).all()
 
 
 def test_a_master_copy_counts_only_where_it_rounds_to_the_parameter() -> None:
-    master = torch.tensor([1.001, 1.001, math.nan, 0.0])
-    p = torch.tensor([1.0, 2.0, 3.0, -0.0], dtype=torch.bfloat16)
-    assert codecs.load_weight(p, master, "master").tolist() == [float(master[0]), 2.0, 3.0, 0.0]
+    half = 1.0 + 2.0**-8
+    master = torch.tensor([1.001, 1.001, half, half, half, math.nan, 0.0, -3.4e38])
+    p = torch.tensor([1.0, 2.0, 1.0, 1.0 + 2.0**-7, 1.0 - 2.0**-8, 3.0, 5.0, -math.inf], dtype=torch.bfloat16)
+    expected = [float(master[0]), 2.0, half, half, 1.0 - 2.0**-8, 3.0, 5.0, float(master[-1])]
+    assert codecs.load_weight(p, master, "master").tolist() == expected
+    narrow = torch.tensor([1.0, 2.0], dtype=torch.float16)
+    assert codecs.load_weight(narrow, torch.tensor([1.0001, 1.0001]), "master").tolist()[1] == 2.0
+    assert float(codecs.load_weight(narrow, torch.tensor([1.0001, 1.0001]), "master")[0]) > 1.0
 
 
-# ---- stochastic rounding -------------------------------------------------------------------------------------------
+# ---- stochastic rounding ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -155,7 +168,7 @@ def test_the_bits_are_those_of_the_specification() -> None:
     assert len(keys) > 2990  # 3000 of 2**32
 
 
-# ---- 8-bit state ---------------------------------------------------------------------------------------------------
+# ---- 8-bit state -----------------------------------------------------------------------------------------------------
 
 
 def spread(n: int, unsigned: bool) -> Tensor:
@@ -207,7 +220,7 @@ def test_a_group_with_something_non_finite_shows_it(bad: float) -> None:
     torch.testing.assert_close(back[:64], x[:64])
 
 
-# ---- twins ---------------------------------------------------------------------------------------------------------
+# ---- twins -----------------------------------------------------------------------------------------------------------
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

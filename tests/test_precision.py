@@ -228,7 +228,7 @@ def test_exact_has_the_bits_of_float32_training(weights: str, backend: str, trit
         assert torch.equal(optimizer.state[p]["exp_avg"], oracle.state[q]["exp_avg"])
 
 
-# ---- what low precision loses ------------------------------------------------------------------------------------------
+# ---- what low precision loses ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -278,7 +278,7 @@ def test_a_parameter_that_somebody_else_writes_is_not_reverted(
     assert moved.max() <= 4e-3, "a step of Adam is about its lr"
 
 
-# ---- skipped steps, presets, bytes ---------------------------------------------------------------------------------
+# ---- skipped steps, presets, bytes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["torch", "triton", "device"])
@@ -338,7 +338,7 @@ def test_without_a_precision_pytorchs_own_operators_are_used() -> None:
         assert [call.has_operator for call in executor._calls] == [fast]
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
