@@ -11,9 +11,10 @@ import triton.language as tl
 
 from .segments import block_of
 
-__all__ = ["EXTRA_BYTES", "GROUP", "STATES", "WEIGHTS", "belongs", "columns", "decode", "element_bits", "encode",
-           "format_of", "group_scales", "load_state", "load_weight", "merge", "murmur", "nearest", "nearest_away",
-           "nearest_interpreted", "salted", "split", "step_key", "stochastic", "store_state", "store_weight"]  # fmt: skip
+__all__ = ["EXTRA_BYTES", "GROUP", "STATES", "WEIGHTS", "belongs", "columns", "decode", "element_bits",
+           "encode", "format_of", "group_scales", "load_state", "load_weight", "merge", "murmur", "nearest",
+           "nearest_away", "nearest_interpreted", "salted", "split", "step_key", "stochastic", "store_state",
+           "store_weight"]  # fmt: skip
 
 STATES = {"plain": 0, "noisy": 1, "int8": 2}
 WEIGHTS = {"plain": 0, "noisy": 1, "master": 2, "split16": 3, "split8": 4, "noisy8": 5}
