@@ -3,7 +3,8 @@
 from . import clipping, schedules
 from .optimizer import FusedOptimizer
 from .optimizers import LAMB, LARS, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSprop
+from .precision import Precision
 
 __all__ = ["LAMB", "LARS", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "FusedOptimizer", "Lion",
-           "NAdam", "RAdam", "RMSprop", "__version__", "clipping", "schedules"]  # fmt: skip
+           "NAdam", "Precision", "RAdam", "RMSprop", "__version__", "clipping", "schedules"]  # fmt: skip
 __version__ = "0.1.0"

@@ -24,6 +24,13 @@ from .schedules.expression import parse
 __all__ = ["main"]
 
 
+_PRECISIONS = {
+    "None": fusedlr.Precision(),
+    "exact()": fusedlr.Precision.exact(),
+    "compact()": fusedlr.Precision.compact(),
+}
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -40,6 +47,10 @@ def _devices() -> list[str]:
     return found
 
 
+def _is_optimizer(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, fusedlr.FusedOptimizer)
+
+
 def info() -> str:
     """Versions, backends, devices and public names, a line each."""
     versions = {name: _version(name) for name in ("torch", "triton", "numpy", "matplotlib")}
@@ -53,9 +64,10 @@ def info() -> str:
         f"backend triton: {triton}",
         f"backend auto: {choose_backend('auto').explain([device.split(':')[0] for device in _devices()])}",
         *(f"device {device}" for device in _devices()),
-        f"optimizers: {', '.join(name for name in fusedlr.__all__ if inspect.isclass(getattr(fusedlr, name)))}",
+        f"optimizers: {', '.join(name for name in fusedlr.__all__ if _is_optimizer(getattr(fusedlr, name)))}",
         f"schedules: {', '.join(schedules.__all__)}",
         f"clipping: {', '.join(clipping.__all__)}",
+        *(f"precision {name}: {value!r}" for name, value in _PRECISIONS.items()),
     ]
     return "\n".join(lines)
 

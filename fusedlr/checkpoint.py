@@ -10,18 +10,22 @@ for the reader.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .conversion import full_slot, full_weight
 from .groups import GROUP_KEY
 from .live import Metered, plain
-from .state import Bank, adopt, check_entry, ensure_state, entry_views
+from .precision import Precision, check_precision
+from .state import Bank, adopt, check_entry, ensure_state, entry_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-__all__ = ["check", "is_hidden_step", "own_state", "restore", "revive", "save", "take_own_state"]
+__all__ = ["check", "full_precision", "is_hidden_step", "own_state", "restore", "revive", "save",
+           "take_own_state"]  # fmt: skip
 
 _CODE_KEYS = ("schedule", "clip", "norm_group")
 _OWN = "_fusedlr"
@@ -36,8 +40,10 @@ def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
     return t, skipped
 
 
-def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """torch's state_dict with fusedlr's data as plain data."""
+def save(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> dict[str, Any]:
+    """torch's state_dict with fusedlr's data as plain data; in the format "torch", with torch's state alone."""
+    if format not in ("fusedlr", "torch"):
+        raise ValueError(f"format must be 'fusedlr' or 'torch', but got {format!r}")
     t, skipped = sync_clock(optimizer)
     statistics = optimizer._records.save()
     state = state_dict["state"]
@@ -53,9 +59,11 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
             "written": dict(marks["written"]),
             **_live(marks),
         }
+        if optimizer._precision != Precision():
+            group[GROUP_KEY]["seed"] = optimizer._precision.seed
         for key in _CODE_KEYS:
             group[key] = None if group[key] is None else repr(group[key])
-    return state_dict
+    return state_dict if format == "fusedlr" else _as_torch(optimizer, state_dict)
 
 
 def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,6 +83,7 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
         flags = {key: value for key, value in saved.items() if key not in _CODE_KEYS}
         rule = optimizer._rule({**group, **flags})
         for key, leaf in zip(saved["params"], leaves, strict=False):
+            check_precision(optimizer._precision, leaf.dtype, rule)
             if key in state_dict["state"]:
                 check_entry(leaf, state_dict["state"][key], rule)
 
@@ -101,6 +110,8 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
             # torch's checkpoint: its lr is the last one it used, not somebody's override.
             group[GROUP_KEY]["written"]["lr"] = float(group["lr"])
     _uncast(optimizer, state_dict)
+    if "seed" in saved:
+        use_precision(optimizer, replace(optimizer._precision, seed=int(saved["seed"])))
     _take_in(optimizer)
     optimizer._t = int(saved["t"]) if "t" in saved else _largest_step(optimizer)
     optimizer._skipped_before = int(saved.get("skipped_steps", 0))
@@ -111,15 +122,43 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
 
 
 def _uncast(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """The numbers that tensors carry, as they were saved: torch's loader casts them to the parameter's dtype."""
+    """State as it was saved: torch's loader casts it to the parameter's dtype, integers and carried numbers too."""
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        carried = optimizer._rule(group).carried
+        rule = optimizer._rule(group)
+        names = (*rule.carried, *rule.slots, *(f"{name}_scale" for name in rule.slots), "master", "param_low")
         for key, leaf in zip(saved["params"], leaves, strict=False):
             entry = state_dict["state"].get(key, {})
-            for name in carried:
+            for name in names:
                 if name in entry:
                     optimizer.state[leaf.param][name] = entry[name]
+
+
+def _as_torch(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict with torch's keys alone in its state, in numbers that torch.optim can step."""
+    leaves = iter(optimizer._leaves)
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        rule = optimizer._rule(group)
+        own = {"master", "param_low", *(f"{name}_scale" for name in rule.slots)}
+        for key, _ in zip(saved["params"], leaves, strict=False):
+            entry = state_dict["state"].get(key, {})
+            numbers = {name: full_slot(entry, name) for name in rule.slots if entry.get(name) is not None}
+            if entry:
+                kept = {name: value for name, value in entry.items() if name not in own}
+                state_dict["state"][key] = kept | numbers
+    return state_dict
+
+
+def full_precision(optimizer: FusedOptimizer) -> dict[Tensor, Tensor]:
+    """The float32 weight of every parameter, in the order of the groups."""
+    return {leaf.param: full_weight(leaf.param, optimizer.state.get(leaf.param) or {}) for leaf in optimizer._leaves}
+
+
+def use_precision(optimizer: FusedOptimizer, precision: Precision) -> None:
+    """Store what comes in this precision from now on."""
+    optimizer._precision = precision
+    for leaf in optimizer._leaves:
+        leaf.precision = precision
 
 
 def _take_in(optimizer: FusedOptimizer) -> None:
@@ -130,7 +169,7 @@ def _take_in(optimizer: FusedOptimizer) -> None:
         entry = optimizer.state.get(leaf.param) or {}
         if leaf.fits(rules[leaf.group]) and entry:
             adopt(leaf, entry)
-            optimizer.state[leaf.param] = {**entry, **entry_views(leaf)}
+            optimizer.state[leaf.param] = entry_of(leaf, entry)
         else:
             leaf.drop_state()
             if entry:
@@ -169,6 +208,7 @@ def own_state(optimizer: FusedOptimizer) -> dict[str, Any]:
             s.live.settle()
     own = {
         "clip": optimizer._clip,
+        "precision": optimizer._precision,
         "nonfinite": optimizer._nonfinite,
         "flatten": optimizer._flatten,
         "backend": optimizer._backend,
@@ -191,6 +231,7 @@ def take_own_state(state: dict[str, Any]) -> dict[str, Any] | None:
 def revive(optimizer: FusedOptimizer, own: Mapping[str, Any]) -> None:
     """Rebuild a copied or unpickled optimizer around its own parameters."""
     optimizer._clip = own["clip"]
+    optimizer._precision = own["precision"]
     optimizer._nonfinite = own["nonfinite"]
     optimizer._flatten = own["flatten"]
     optimizer._backend = own["backend"]

@@ -17,7 +17,7 @@ from .rule import Rule
 from .state import Leaf
 
 if TYPE_CHECKING:
-    from .backends import Executor
+    from .backends import Executor, Knobs
 
 __all__ = ["Plan", "check_gradients"]
 
@@ -57,6 +57,18 @@ class Plan:
         ordered = [lies_like(g, leaf) for g, leaf in zip(grads, self.leaves, strict=True)]
         for executor in self.executors:
             executor.layout(executor.part(ordered))
+
+    def run(self, grads: list[Tensor], knobs: Knobs) -> bool:
+        """Measure, decide, apply; whether the host knows that the step was skipped."""
+        if knobs.measures:
+            for executor in self.executors:
+                executor.measure(executor.part(grads), knobs)
+        skipped = False
+        for executor in self.executors:
+            skipped = executor.decide(knobs) or skipped
+        for executor in self.executors:
+            executor.apply(executor.part(grads), knobs)
+        return skipped
 
 
 def never(grads: Sequence[Any]) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .clipping import Clip
 from .live import check_lowest, make_live
+from .precision import Precision, check_precision
+from .rule import Rule
 from .schedules import Schedule
 from .schedules.live import live_part
 from .schedules.program import Kind, Row
@@ -24,8 +26,10 @@ __all__ = [
     "ScheduleArg",
     "Scheduled",
     "as_schedules",
+    "check_parameters",
     "own_tensors",
     "read",
+    "scalars_at",
     "scheduled_scalars",
     "write",
 ]
@@ -52,6 +56,24 @@ def write(group: dict[str, Any], name: str, value: float) -> None:
         group[name].fill_(value)
     else:
         group[name] = value
+
+
+def check_parameters(
+    params: Sequence[Tensor], rule: Rule, precision: Precision, clip: Clip | None, optimizer: str
+) -> None:
+    """Raise a ValueError for a parameter that cannot be stepped as asked."""
+    for p in params:
+        if p.is_complex():
+            raise ValueError(
+                f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
+                "use torch.view_as_real(parameter), or torch.optim for it"
+            )
+        check_precision(precision, p.dtype, rule)
+    if clip is not None and clip.scope == "unit" and rule.trust is not None:
+        raise ValueError(
+            f"clip={clip!r} and the trust ratio of {optimizer} both scale by the norms of weights, and are not "
+            "combined; use a clip of the gradients alone, such as clipping.GlobalNorm"
+        )
 
 
 def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> dict[str, Schedule]:
@@ -194,3 +216,24 @@ def scheduled_scalars(
     for schedule in own.values():
         check_lowest(schedule, index, groups)
     return [Scheduled(group, name, s, index) for name, s in own.items()]
+
+
+def scalars_at(
+    t: int,
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[Sequence[str]],
+    schedules: Sequence[Sequence[Scheduled]],
+) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
+    """The hyper-parameters of step t, one dict a group, and which of them a schedule drives, to what value.
+
+    The groups themselves are not changed.
+    """
+    values, driven = [], []
+    for group, wanted, scheduled in zip(groups, names, schedules, strict=True):
+        scalars = {name: read(group, name) for name in wanted}
+        for s in scheduled:
+            if not s.overridden():
+                scalars[s.name] = value = s.at(t)
+                driven.append((s, value))
+        values.append(scalars)
+    return values, driven

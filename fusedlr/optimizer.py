@@ -22,7 +22,17 @@ from .clipping import Clip, as_clip
 from .clipping.records import Records
 from .flat import rehome
 from .gather import Plan, check_gradients
-from .groups import GROUP_KEY, ScheduleArg, Scheduled, as_schedules, own_tensors, read, scheduled_scalars
+from .groups import (
+    GROUP_KEY,
+    ScheduleArg,
+    Scheduled,
+    as_schedules,
+    check_parameters,
+    own_tensors,
+    scalars_at,
+    scheduled_scalars,
+)
+from .precision import Precision, as_precision
 from .rule import Rule
 from .state import Bank, Leaf, Mark, adopt_replaced, ensure_state, watched
 
@@ -56,7 +66,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         schedule: ScheduleArg,
         clip: Clip | float | None,
         nonfinite: str,
-        precision: None,
+        precision: Precision | None,
         flatten: bool,
         backend: str,
         norm_group: None,
@@ -66,9 +76,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                              "use the optimizer of the same name in torch.optim")  # fmt: skip
         if nonfinite not in _NONFINITE:
             raise ValueError(f"nonfinite must be one of {_NONFINITE}, but got {nonfinite!r}")
-        for name, value in (("precision", precision), ("norm_group", norm_group)):
-            if value is not None:
-                raise ValueError(f"{name} must be None in this version of fusedlr, but got {value!r}")
+        if norm_group is not None:
+            raise ValueError(f"norm_group must be None in this version of fusedlr, but got {norm_group!r}")
+        self._precision = as_precision(precision)
         self._clip = as_clip(clip)
         self._nonfinite = nonfinite
         self._flatten = bool(flatten)
@@ -177,7 +187,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         head, _, rest = super().__repr__().partition("\n")
         where = self._backend.explain(sorted({leaf.device.type for leaf in self._leaves}))
-        return f"{head}\nbackend: {where}; clip: {self._clip}; nonfinite: {self._nonfinite}\n{rest}"
+        own = f"backend: {where}; clip: {self._clip}; nonfinite: {self._nonfinite}"
+        precision = "" if self._precision == Precision() else f"precision: {self._precision}\n"
+        return f"{head}\n{own}\n{precision}{rest}"
 
     # ---- registration ------------------------------------------------------------------------------------------
 
@@ -215,22 +227,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._validated(given)
 
     def _prepare_group(self, group: dict[str, Any]) -> None:
-        for p in group["params"]:
-            if p.is_complex():
-                raise ValueError(
-                    f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
-                    "use torch.view_as_real(parameter), or torch.optim for it"
-                )
-        if self._clip is not None and self._clip.scope == "unit" and self._rule(group).trust is not None:
-            raise ValueError(
-                f"clip={self._clip!r} and the trust ratio of {type(self).__name__} both scale by the norms of weights, "
-                "and are not combined; use a clip of the gradients alone, such as clipping.GlobalNorm"
-            )
+        rule = self._rule(group)
+        check_parameters(group["params"], rule, self._precision, self._clip, type(self).__name__)
         group["clip"] = self._clip
         marks = group.setdefault(GROUP_KEY, {})
         marks.setdefault("base", {})
         marks.setdefault("written", {})
-        schedules = as_schedules(group["schedule"], (*self._rule(group).scalars,), self._clip)
+        schedules = as_schedules(group["schedule"], rule.scalars, self._clip)
         scheduled_scalars(group, schedules, len(self.param_groups) - 1)
 
     def _register(self) -> None:
@@ -241,7 +244,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         leaves: list[Leaf] = []
         for g, group in enumerate(self.param_groups):
             for p in group["params"]:
-                leaf = known.get(id(p)) or Leaf(p, 0, g, homes.get(id(p)))
+                leaf = known.get(id(p)) or Leaf(p, 0, g, homes.get(id(p)), self._precision)
                 leaf.index, leaf.group = len(leaves), g
                 leaves.append(leaf)
         self._leaves = leaves
@@ -334,7 +337,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 clock=self._clock,
                 records=self._records,
             )
-            skipped = _run(plan, grads, knobs)
+            skipped = plan.run(grads, knobs)
         except (FloatingPointError, TypeError, ValueError, capture.CaptureError):  # before anything was written
             for bank in banks:
                 bank.move_out(self.state)
@@ -415,19 +418,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._clocks[device]
 
     def _scalars(self) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
-        """The hyper-parameters of the next step, one dict a group, and which of them a schedule drives, to what value.
-
-        The groups themselves are not changed.
-        """
-        values, driven = [], []
-        for group, scheduled in zip(self.param_groups, self._schedules, strict=True):
-            scalars = {name: read(group, name) for name in self._rule(group).scalars}
-            for s in scheduled:
-                if not s.overridden():
-                    scalars[s.name] = value = s.at(self._t)
-                    driven.append((s, value))
-            values.append(scalars)
-        return values, driven
+        names = [self._rule(group).scalars for group in self.param_groups]
+        return scalars_at(self._t, self.param_groups, names, self._schedules)
 
     def _clip_numbers(self) -> tuple[float, float, float]:
         if self._clip is None:
@@ -451,9 +443,23 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state under torch's keys; fusedlr's own keys are additional and plain data."""
-        return checkpoint.save(self, super().state_dict())
+    def state_dict(self, *, format: str = "fusedlr") -> dict[str, Any]:
+        """The state under torch's keys; fusedlr's own keys are additional and plain data.
+
+        Args:
+            format: "fusedlr", every array as it is stored; or "torch", what torch.optim can load: 8-bit state decoded
+                to float32, scales and further bits of the weights left out.
+        """
+        return checkpoint.save(self, super().state_dict(), format)
+
+    @torch.no_grad()
+    def full_precision_parameters(self) -> dict[Tensor, Tensor]:
+        """The float32 weights, for export: parameter to tensor, in the order of the param groups.
+
+        With ``precision`` a weight may have more bits than its parameter. A parameter that somebody has written since
+        the last step counts as it is. ``{name: full[p] for name, p in model.named_parameters()}`` names them.
+        """
+        return checkpoint.full_precision(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -485,15 +491,3 @@ _hooked_step = torch.optim.Optimizer.profile_hook_step(FusedOptimizer._step)
 # The step where torch.compile is at work: run as it is, with nothing in it traced, so that nothing in it recompiles.
 _step_outside_graphs = _disable_dynamo(FusedOptimizer.step)
 
-
-def _run(plan: Plan, grads: list[Tensor], knobs: Knobs) -> bool:
-    """Measure, decide, apply; whether the host knows that the step was skipped."""
-    if knobs.measures:
-        for executor in plan.executors:
-            executor.measure(executor.part(grads), knobs)
-    skipped = False
-    for executor in plan.executors:
-        skipped = executor.decide(knobs) or skipped
-    for executor in plan.executors:
-        executor.apply(executor.part(grads), knobs)
-    return skipped

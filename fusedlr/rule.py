@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AtenRule", "Rule", "Trust", "averaged", "averaged_square", "decayed", "expm1_log", "minus",
+__all__ = ["UNSIGNED", "AtenRule", "Rule", "Trust", "averaged", "averaged_square", "decayed", "expm1_log", "minus",
            "minus_ratio", "sqrt", "where"]  # fmt: skip
+
+# Slots that hold sums or averages of squares, or largest magnitudes: nothing negative. Eight bits hold them better
+# without a sign; a slot that is not named here is stored with one.
+UNSIGNED = frozenset({"acc_delta", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "square_avg", "sum"})
 
 # (params, grads, [state lists in slot order], step, scalars by name, maximize) -> None, in place.
 AtenRule = Callable[
@@ -63,6 +67,7 @@ class Rule:
         fold: other scalars with which ``aten`` makes of the gradients what it makes of ``factor`` times them with
             these; ``fold(step, factor, scalars)`` is None where there are none. Saves a pass over large gradients.
         trust: the trust ratio that becomes the last field of the row before ``update`` sees it, or None.
+        cancels: whether ``update`` subtracts one state tensor from another, so that neither may be rounded coarsely.
     """
 
     update: Callable[..., tuple[Tensor, ...]]
@@ -75,6 +80,12 @@ class Rule:
     start: tuple[float, ...] = ()
     fold: Callable[[float, float, dict[str, float]], dict[str, float] | None] | None = None
     trust: Trust | None = None
+    cancels: bool = False
+
+    @property
+    def unsigned(self) -> tuple[bool, ...]:
+        """Which slots never hold a negative number."""
+        return tuple(name in UNSIGNED for name in self.slots)
 
     @property
     def name(self) -> str:

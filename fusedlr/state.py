@@ -2,8 +2,8 @@
 
 A *leaf* is what the optimizer knows of one parameter. A *bank* is one allocation of state for leaves of equal device,
 dtype and state keys that got their first gradient in the same step: a flat buffer a slot, laid out as the parameters'
-pieces are, and a float32 row of numbers a leaf: its step count, then what its rule carries. ``optimizer.state[p]``
-holds views of the bank under torch's keys.
+pieces are, and a float32 row of numbers a leaf: its step count, then what its rule carries. A precision adds a buffer
+of scales a slot, and one of what completes the weights. ``optimizer.state[p]`` holds views of all under torch's keys.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from . import codecs
+from .conversion import check_stored, put_slot, put_weight
 from .flat import SMALL, Home, aligned, dense_strides, is_dense, memory_view, own_view
+from .precision import GROUP, Precision, Storage, storage_of
 from .rule import Rule
 
-__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_views", "watched"]
+__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_of", "entry_views",
+           "watched"]  # fmt: skip
 
 # Between the starts of a bank's slots modulo a page. Streams at equal places within their pages compete for the same
 # sets of the cache: an update that reads and writes four of them takes 4 to 12 % longer.
@@ -39,6 +43,7 @@ class Leaf:
         "carried",
         "device",
         "dtype",
+        "extra",
         "flat",
         "grad_dtype",
         "group",
@@ -47,7 +52,9 @@ class Leaf:
         "laid",
         "numel",
         "param",
+        "precision",
         "ptr",
+        "scales",
         "shape",
         "slots",
         "step",
@@ -55,8 +62,9 @@ class Leaf:
         "view",
     )
 
-    def __init__(self, param: Tensor, index: int, group: int, home: Home | None) -> None:
+    def __init__(self, param: Tensor, index: int, group: int, home: Home | None, precision: Precision) -> None:
         self.param = param
+        self.precision = precision
         self.index = index
         self.group = group
         self.home = home
@@ -65,6 +73,8 @@ class Leaf:
         self.bank_start = 0
         self.laid: tuple[Any, Any] | None = None
         self.slots: tuple[Tensor, ...] = ()
+        self.scales: tuple[Tensor, ...] = ()
+        self.extra: Tensor | None = None
         self.step: Tensor | None = None
         self.carried: tuple[Tensor, ...] = ()
         self.grad_dtype = param.dtype  # of the gradients that the plan was made for
@@ -98,33 +108,50 @@ class Leaf:
         bank = self.bank
         if bank is None or self.laid != (self.shape, self.strides):  # state lies in the order of its parameter
             return False
-        wanted = (rule.slots, rule.carried, self.device, self.dtype)
-        return (bank.names, bank.carried_names, bank.device, bank.dtype) == wanted
+        wanted = (rule.slots, rule.carried, self.device, self.dtype, self.storage(rule))
+        return (bank.names, bank.carried_names, bank.device, bank.dtype, bank.storage) == wanted
+
+    def storage(self, rule: Rule) -> Storage:
+        """How the leaf's numbers are to be stored."""
+        return storage_of(self.precision, self.dtype, bool(rule.slots))
+
+    @property
+    def key(self) -> int:
+        """What tells its random bits from those of other tensors."""
+        return codecs.tensor_key(self.precision.seed, self.index)
 
     def drop_state(self) -> None:
         """Forget where the state lies."""
         self.bank, self.slots, self.step, self.carried = None, (), None, ()
+        self.scales, self.extra = (), None
 
 
 class Bank:
     """One allocation of state, small tensors first, as the parameters lie in their pieces."""
 
-    __slots__ = ("before", "carried_names", "device", "dtype", "leaves", "names", "numbers", "slots", "start", "steps")
+    __slots__ = ("before", "carried_names", "device", "dtype", "extra", "leaves", "names", "numbers", "scales", "slots",
+                 "start", "steps", "storage", "unsigned")  # fmt: skip
 
     def __init__(self, rule: Rule, leaves: Sequence[Leaf]) -> None:
         first = leaves[0]
-        total = sum(aligned(leaf.numel, leaf.dtype) for leaf in leaves)
+        self.storage = first.storage(rule)
+        total = sum(map(self._room, leaves))
         self.names = rule.slots
         self.carried_names = rule.carried
         self.start = rule.start or (0.0,) * len(self.names + self.carried_names)
+        self.unsigned = rule.unsigned
         self.leaves = sorted(leaves, key=lambda leaf: leaf.numel > SMALL)
         self.device = first.device
         self.dtype = first.dtype
-        shifts = [i * _STAGGER_BYTES // first.dtype.itemsize for i in range(1, 1 + len(self.names))]
+        dtypes = [self.slot_dtype(i) for i in range(len(self.names))]
         self.slots = tuple(
-            torch.full((shift + total,), value, dtype=first.dtype, device=first.device)[shift:]
-            for shift, value in zip(shifts, self.start, strict=False)
+            self._buffer(total, dtype, i, 0.0 if self.storage.state == "int8" else value)
+            for i, (value, dtype) in enumerate(zip(self.start, dtypes, strict=False), start=1)
         )
+        quantised = self.names if self.storage.state == "int8" else ()
+        self.scales = tuple(torch.zeros(total // GROUP, dtype=torch.float32, device=first.device) for _ in quantised)
+        extra = self.storage.extra
+        self.extra = self._buffer(total, extra[1], 1 + len(self.names)) if extra is not None else None
         # float32, as torch keeps both. The kernels find a leaf's carried numbers behind its step.
         shape = (len(leaves), 1 + len(self.carried_names))
         self.numbers = torch.zeros(shape, dtype=torch.float32, device=first.device)
@@ -132,6 +159,19 @@ class Bank:
         for i, value in enumerate(self.start[len(self.names) :], start=1):
             self.numbers[:, i].fill_(value)
         self.before: list[Any] = []
+
+    def slot_dtype(self, i: int) -> torch.dtype:
+        """The dtype in which slot ``i`` is stored."""
+        return torch.uint8 if self.storage.state == "int8" and self.unsigned[i] else self.storage.dtype
+
+    def _buffer(self, total: int, dtype: torch.dtype, place: int, value: float = 0.0) -> Tensor:
+        shift = place * _STAGGER_BYTES // dtype.itemsize
+        return torch.full((shift + total,), value, dtype=dtype, device=self.device)[shift:]
+
+    def _room(self, leaf: Leaf) -> int:
+        """Elements from the start of a leaf to that of the next: whole groups of 8-bit state."""
+        unit = GROUP if self.storage.state == "int8" else 1
+        return -(-aligned(leaf.numel, leaf.dtype) // unit) * unit
 
     def move_in(self, state: MutableMapping[Tensor, Any]) -> None:
         """Give each leaf its part, with whatever state it had before, and put the views into ``state``."""
@@ -142,13 +182,17 @@ class Bank:
             leaf.bank, leaf.bank_index, leaf.bank_start = self, index, start
             leaf.laid = (leaf.shape, leaf.strides)
             leaf.slots = tuple(own_view(slot, start, leaf.numel, (leaf.numel,), (1,)) for slot in self.slots)
+            groups = -(-leaf.numel // GROUP)
+            leaf.scales = tuple(own_view(s, start // GROUP, groups, (groups,), (1,)) for s in self.scales)
+            if self.extra is not None:
+                leaf.extra = own_view(self.extra, start, leaf.numel, (leaf.numel,), (1,))
             width = self.numbers.shape[1]
             leaf.step, *carried = (own_view(self.numbers.view(-1), index * width + i, 1, (), ()) for i in range(width))
             leaf.carried = tuple(carried)
-            if entry:
+            if entry or not self.storage.plain:
                 adopt(leaf, entry)
-            state[leaf.param] = {**entry, **entry_views(leaf)}
-            start += aligned(leaf.numel, leaf.dtype)
+            state[leaf.param] = entry_of(leaf, entry)
+            start += self._room(leaf)
 
     def move_out(self, state: MutableMapping[Tensor, Any]) -> None:
         """Undo ``move_in``: the step that asked for the state failed before it used it."""
@@ -223,29 +267,41 @@ def watched(state: MutableMapping[Tensor, Any], mark: Mark) -> MutableMapping[Te
 
 def entry_views(leaf: Leaf) -> dict[str, Tensor]:
     """The leaf's state under torch's keys, as views of its bank."""
-    assert leaf.bank is not None and leaf.step is not None
-    slots = zip(leaf.bank.names, leaf.slots, strict=True)
-    views = {"step": leaf.step, **dict(zip(leaf.bank.carried_names, leaf.carried, strict=True))}
-    return {**views, **{name: slot.as_strided(leaf.shape, leaf.strides) for name, slot in slots}}
+    bank = leaf.bank
+    assert bank is not None and leaf.step is not None
+    views = {"step": leaf.step, **dict(zip(bank.carried_names, leaf.carried, strict=True))}
+    shaped = dict(zip(bank.names, leaf.slots, strict=True))
+    extra = bank.storage.extra
+    if extra is not None:
+        assert leaf.extra is not None
+        shaped[extra[0]] = leaf.extra
+    views |= {name: flat.as_strided(leaf.shape, leaf.strides) for name, flat in shaped.items()}
+    return views | {f"{name}_scale": scale for name, scale in zip(bank.names, leaf.scales, strict=False)}
+
+
+def entry_of(leaf: Leaf, entry: MutableMapping[str, Any]) -> dict[str, Any]:
+    """The entry whose values the leaf has adopted: views of its bank, without what belonged to another storage."""
+    assert leaf.bank is not None
+    others = {"master", "param_low", *(f"{name}_scale" for name in leaf.bank.names)}
+    return {name: value for name, value in entry.items() if name not in others} | entry_views(leaf)
 
 
 def adopt(leaf: Leaf, entry: MutableMapping[str, Any]) -> None:
     """Copy the values of a loaded or replaced state entry into the leaf's bank; what is missing is as at the start.
 
-    The step starts anew where a rule has state and none came (SGD whose momentum was just switched on), and a buffer
-    that came without a step has taken one (torch.optim.SGD saves none).
+    Values in another storage are converted through float32. The step starts anew where a rule has state and none came
+    (SGD whose momentum was just switched on), and a buffer that came without a step has taken one (torch.optim.SGD
+    saves none).
     """
     bank = leaf.bank
     assert bank is not None and leaf.step is not None
     came = False
-    for name, slot, start in zip(bank.names, leaf.slots, bank.start, strict=False):
+    for i, name in enumerate(bank.names):
         value = entry.get(name)
-        if value is None:
-            slot.fill_(start)
-            continue
-        came = True
-        if value.data_ptr() != slot.data_ptr():
-            slot.as_strided(leaf.shape, leaf.strides).copy_(value)
+        came = came or value is not None
+        put_slot(leaf, i, name, entry)
+    if bank.storage.extra is not None:
+        put_weight(leaf, entry)
     known = bool(came or not bank.names)
     _put(leaf.step, entry.get("step") if known else None, 1.0 if came else 0.0)
     for name, number, start in zip(bank.carried_names, leaf.carried, bank.start[len(bank.names) :], strict=True):
@@ -272,7 +328,7 @@ def adopt_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: Mutable
             changed.append((leaf, entry))
     for leaf, entry in changed:
         adopt(leaf, entry)
-        state[leaf.param] = {**entry, **entry_views(leaf)}
+        state[leaf.param] = entry_of(leaf, entry)
 
 
 def _is_view(value: Any, view: Tensor) -> bool:
@@ -296,6 +352,7 @@ def check_entry(leaf: Leaf, entry: Any, rule: Rule) -> None:
                 f"{where} has {name!r} of shape {got}, but the parameter has shape {tuple(leaf.shape)}; "
                 "load a state_dict that was saved for the same parameters in the same order"
             )
+    check_stored(leaf, entry, rule, where)
     for name in ("step", *rule.carried):
         value = entry.get(name)
         if value is None or isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
@@ -314,7 +371,8 @@ def ensure_state(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMa
         rule = rules[leaf.group]
         if not leaf.fits(rule):
             check_entry(leaf, state.get(leaf.param) or {}, rule)
-            buckets.setdefault((leaf.device, leaf.dtype, rule.slots, rule.carried, rule.start), []).append(leaf)
+            key = (leaf.device, leaf.dtype, rule.slots, rule.carried, rule.start, leaf.storage(rule))
+            buckets.setdefault(key, []).append(leaf)
     banks = [Bank(rules[bucket[0].group], bucket) for bucket in buckets.values()]
     for bank in banks:
         bank.move_in(state)

@@ -5,7 +5,7 @@
 writes one cubin a kernel (for an AMD target such as gfx942 one .hsaco), named kernel-rule-dtype[-format], and
 ``table.json``, and prints the same table. It needs no GPU: Triton compiles for a named target, and its own cuobjdump
 shows the result. ``apply-adamw-bf16`` has bfloat16 parameters with bfloat16 state, ``apply-adamw-bf16-fp32`` bfloat16
-parameters with float32 state. The columns:
+parameters with float32 state, ``...-int8_split8`` 8-bit state and 8 of the weights' missing bits. The columns:
 
     registers           of a thread (on AMD its vector registers)
     shared              bytes of shared memory of a program: reductions need some, apply none
@@ -43,6 +43,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import launch, launch_trust, rules
+from .aot_formats import COMPILED, FORMATS
 from .apply import apply
 from .decide import decide
 from .measure import EUCLID, LARGEST, POWER, measure
@@ -54,8 +55,6 @@ __all__ = ["FORMATS", "Kernel", "Loop", "Report", "compile_kernel", "kernel_name
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _SHORT = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
-# How the state of 16-bit parameters is stored: in the parameters' dtype, or in one of its own.
-FORMATS: dict[str, torch.dtype | None] = {"param": None, "fp32": FP32}
 _MODES = {int(EUCLID.value): "euclid", int(LARGEST.value): "largest", int(POWER.value): "power"}
 
 
@@ -197,9 +196,17 @@ def _slots(rule: str) -> int:
 
 def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = False, units: bool = False) -> Kernel:
     hyper, _ = rules.RULES[rule]
-    held = FORMATS[state] or dtype
+    form, slots = FORMATS[state], _slots(rule)
+    held = form.held or dtype
     constants = launch.apply_constants(
-        rule, hyper, clamp=clamp, dtype=dtype, grad_dtype=dtype, state_dtypes=(held,) * _slots(rule), units=units
+        rule,
+        hyper,
+        clamp=clamp,
+        dtype=dtype,
+        grad_dtype=dtype,
+        state_dtypes=(held,) * slots,
+        storage=form.storage(slots),
+        units=units,
     )
     types = {
         "segments_ptr": "*i64",
@@ -214,25 +221,32 @@ def _apply(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = Fa
     else:
         constants = constants | {"units_ptr": None, "factors_ptr": None}
     name = kernel_name("units-apply" if units else "apply", rule, dtype, "clamp" if clamp else state)
-    moved = 3 * dtype.itemsize + 2 * _slots(rule) * held.itemsize
+    moved = 3 * dtype.itemsize + 2 * slots * form.bytes_of_slot(dtype) + 2 * form.extra
     return Kernel(name, apply, _signature(apply, types, constants), constants, launch.THREADS, True, moved)
 
 
 def _trust(rule: str, dtype: torch.dtype, state: str = "param", clamp: bool = False) -> Iterator[Kernel]:
     """The two launches of a rule's trust ratio."""
     hyper, _ = rules.RULES[rule]
-    held = FORMATS[state] or dtype
+    form, slots = FORMATS[state], _slots(rule)
+    held = form.held or dtype
     norms, ratios = launch_trust.trust_constants(
-        rule, hyper, clamp=clamp, dtype=dtype, grad_dtype=dtype, state_dtypes=(held,) * _slots(rule)
+        rule,
+        hyper,
+        clamp=clamp,
+        dtype=dtype,
+        grad_dtype=dtype,
+        state_dtypes=(held,) * slots,
+        storage=form.storage(slots),
     )
     types = dict.fromkeys((*trust_norms.arg_names, *trust_ratios.arg_names), "i32")
     types |= {"segments_ptr": "*i64", "chunks_ptr": "*i32", "tensors_ptr": "*i64", "sums_ptr": "*fp64"}
     types |= {"rows_ptr": "*fp64" if dtype == FP64 else "*fp32", "skip_ptr": "*i32"}
-    form = "clamp" if clamp else state
-    moved = 2 * dtype.itemsize + norms["SLOTS"] * held.itemsize
+    moved = 2 * dtype.itemsize + norms["SLOTS"] * form.bytes_of_slot(dtype) + form.extra
+    name = kernel_name("norms", rule, dtype, "clamp" if clamp else state)
     signature = _signature(trust_norms, types, norms)
-    yield Kernel(kernel_name("norms", rule, dtype, form), trust_norms, signature, norms, launch.THREADS, True, moved)
-    if form == "param" and dtype.itemsize >= 4:  # those of narrower dtypes are float32's
+    yield Kernel(name, trust_norms, signature, norms, launch.THREADS, True, moved)
+    if state == "param" and not clamp and dtype.itemsize >= 4:  # those of narrower dtypes are float32's
         name, signature = kernel_name("ratios", rule, dtype), _signature(trust_ratios, types, ratios)
         yield Kernel(name, trust_ratios, signature, ratios, launch.THREADS, False, 0.0)
 
@@ -265,16 +279,20 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
     yield _decide("adam", FP64, "global", "clip_factor", guard=False)
     for rule in rules.RULES:
         for dtype in (FP32, BF16, FP16, FP64):
-            yield _apply(rule, dtype)
-            for state, held in FORMATS.items():
-                if dtype in (BF16, FP16) and held is not None and _slots(rule):
-                    yield _apply(rule, dtype, state)
+            for name, form in FORMATS.items():
+                # A rule without state has the formats of its weights alone.
+                differs = form.state == "plain" and form.held is None
+                asked = name in COMPILED.get(rule, ("param", "fp32"))
+                if dtype in form.dtypes and asked and (_slots(rule) or differs):
+                    yield _apply(rule, dtype, name)
     yield _apply("adamw", FP32, clamp=True)
     for rule in ("lamb", "lars"):  # lars_momentum's are those of lars
         for dtype in (FP32, BF16, FP16, FP64):
             yield from _trust(rule, dtype)
     for dtype in (BF16, FP16):
         yield from _trust("lamb", dtype, "fp32")
+    for state in ("fp32_split16", "int8_split8"):
+        yield from _trust("lamb", BF16, state)
     yield from _trust("lamb", FP32, clamp=True)
     for dtype in (FP32, BF16, FP16, FP64):
         yield _unit_measure(dtype)

@@ -16,6 +16,7 @@ from . import adaptive, clipping, formats, rules
 from .apply import apply
 from .decide import GLOBAL, NOTHING, TENSOR, UNIT, decide
 from .measure import EUCLID, LARGEST, POWER, measure
+from .segments import HEAD
 from .step import step
 
 __all__ = ["BLOCK", "DTYPES", "can_launch_step", "chunk_size_for", "launch_apply", "launch_decide", "launch_measure",
@@ -45,7 +46,9 @@ DTYPES = {
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int8: tl.int8,
 }
+PLAIN: tuple[str, str, tuple[bool, ...]] = ("plain", "plain", ())
 SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value, "unit": UNIT.value}
 
 
@@ -119,13 +122,20 @@ def apply_constants(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
     units: bool = False,
 ) -> dict[str, Any]:
-    """The compile-time arguments of apply; the slots of a rule share one dtype."""
+    """The compile-time arguments of apply; the slots of a rule share one dtype.
+
+    ``storage`` is (kind of the state, kind of the weights, which slots have no sign), as ``formats`` names them.
+    """
     if len(set(state_dtypes)) > 1:
         raise ValueError(f"the state of a tensor must have one dtype, but got {list(state_dtypes)}")
     hyper, make_hyper = rules.HYPERS[hyper_name]
-    sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)}
+    state, weights, _ = storage
+    sizes = {d.itemsize for d in (dtype, grad_dtype, *state_dtypes)} | formats.EXTRA_BYTES[weights]
+    # Formats that keep so much alive that 8 elements a thread would take more than 64 registers.
+    busy = 8 in sizes or rule_name in WIDE_RULES or state in ("noisy", "int8")
     return {
         "UNITS": units,
         "RULE": getattr(rules, rule_name),
@@ -138,7 +148,9 @@ def apply_constants(
         "S": DTYPES[state_dtypes[0] if state_dtypes else dtype],
         "SLOTS": len(state_dtypes),
         "WIDE": wide(dtype),
-        "BLOCK": HALF_BLOCK if len(sizes) > 1 or 8 in sizes or rule_name in WIDE_RULES else BLOCK,
+        "FORMAT": formats.format_of(*storage),
+        "WIDTH": int(HEAD.value) + len(state_dtypes) + formats.columns(state, weights, len(state_dtypes)),
+        "BLOCK": HALF_BLOCK if busy or len(sizes) > 1 else BLOCK,
         "TAIL": TAIL,
     }
 
@@ -263,6 +275,7 @@ def launch_apply(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> None:
     """One pass over parameters and state; with ``units``, each unit's gradient by its factor."""
     apply[(n_chunks,)](
@@ -281,6 +294,7 @@ def launch_apply(
             dtype=dtype,
             grad_dtype=grad_dtype,
             state_dtypes=state_dtypes,
+            storage=storage,
             units=units is not None,
         ),
         num_warps=NUM_WARPS,
@@ -343,6 +357,7 @@ def launch_step(
     clamp: bool,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> None:
     """The three launches in one; ``barrier`` is one int64 of the bucket, 0 before its first step."""
     constants = step_constants(
@@ -360,7 +375,13 @@ def launch_step(
             dtype=dtype,
         ),
         apply_constants(
-            rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+            rule_name,
+            hyper_name,
+            clamp=clamp,
+            dtype=dtype,
+            grad_dtype=grad_dtype,
+            state_dtypes=state_dtypes,
+            storage=storage,
         ),
     )
     step[(min(n_chunks, _programs_at_once(barrier.device)),)](

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import rules, trust_rules
-from .launch import LANES, NUM_WARPS, THREADS, apply_constants, mode_for
+from . import formats, rules, trust_rules
+from .launch import LANES, NUM_WARPS, PLAIN, THREADS, apply_constants, mode_for
 from .trust import trust_norms, trust_ratios
 
 __all__ = ["launch_trust", "trust_constants", "trust_partials"]
@@ -24,17 +24,28 @@ def trust_constants(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The compile-time arguments of trust_norms and of trust_ratios, beside the apply of the same arguments."""
     direction, ratio = (getattr(rules, name) for name in trust_rules.TRUSTS[rule_name])
     read = state_dtypes[: len(direction.arg_names) - 3]  # all but p, g and h
-    apply = apply_constants(rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=read)
+    apply = apply_constants(
+        rule_name,
+        hyper_name,
+        clamp=clamp,
+        dtype=dtype,
+        grad_dtype=grad_dtype,
+        state_dtypes=read,
+        storage=storage,
+    )
+    slots = len(state_dtypes)
     shared = {name: apply[name] for name in ("HYPER", "FIELDS")}
     shared["MODE"] = mode_for(2.0, [dtype])
-    norms = {name: apply[name] for name in ("CLIP", "P", "G", "S", "SLOTS", "WIDE", "BLOCK", "TAIL")}
+    norms = {name: apply[name] for name in ("CLIP", "ROUND", "P", "G", "S", "SLOTS", "WIDE", "FORMAT", "BLOCK", "TAIL")}
     norms |= {
         "DIRECTION": direction,
-        "WIDTH": 3 + len(state_dtypes),
+        "WIDTH": 3 + slots + formats.columns(*storage[:2], slots),
+        "OF_RULE": slots,
         "ROWS": THREADS,
     }
     return norms | shared, {"RATIO": ratio, "LANES": LANES} | shared
@@ -62,10 +73,17 @@ def launch_trust(
     dtype: torch.dtype,
     grad_dtype: torch.dtype,
     state_dtypes: tuple[torch.dtype, ...],
+    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> None:
     """The trust ratio of each tensor into the last field of its row, in two launches: norms, then ratios."""
     norms, ratios = trust_constants(
-        rule_name, hyper_name, clamp=clamp, dtype=dtype, grad_dtype=grad_dtype, state_dtypes=state_dtypes
+        rule_name,
+        hyper_name,
+        clamp=clamp,
+        dtype=dtype,
+        grad_dtype=grad_dtype,
+        state_dtypes=state_dtypes,
+        storage=storage,
     )
     trust_norms[(n_chunks,)](
         segments,

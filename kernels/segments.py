@@ -1,8 +1,8 @@
 """The pointer table: how the kernels find a tensor, and the chunk of it that a program is to treat.
 
-A segment is a row of int64: parameter pointer, gradient pointer, numel, then one pointer a state slot. The chunk table
-has a row of two int32 a program: segment, and the number of the chunk within it. Tensors' rows of numbers are found by
-the segment's number.
+A segment is a row of int64: parameter pointer, gradient pointer, numel, one pointer a state slot, and what a storage
+format adds (``formats``). The chunk table has a row of two int32 a program: segment, and the number of the chunk within
+it. Tensors' rows of numbers are found by the segment's number.
 """
 
 import triton

@@ -64,15 +64,15 @@ def measure_share(
 def apply_share(
     program, n_programs, segments_ptr, chunks_ptr, rows_ptr, skip, n_chunks, chunk_size,
     RULE: tl.constexpr, HYPER: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, FIELDS: tl.constexpr,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Apply the chunks of one program, the one that it measured last first: it is still in the cache."""
     last = program + (n_chunks - 1 - program) // n_programs * n_programs
     for back in range(0, last + 1, n_programs):
         apply_chunk(
             segments_ptr, chunks_ptr, rows_ptr, skip, last - back, chunk_size, None, None, False,
-            RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, BLOCK, TAIL,
+            RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, FORMAT, WIDTH, BLOCK, TAIL,
         )  # fmt: skip
 
 
@@ -136,6 +136,7 @@ def step(
     S: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
@@ -158,5 +159,5 @@ def step(
     wait(barrier_ptr, released)
     apply_share(
         program, n_programs, segments_ptr, chunks_ptr, rows_ptr, tl.load(skip_ptr), n_chunks, chunk_size,
-        RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, BLOCK, TAIL,
+        RULE, HYPER, CLIP, ROUND, FIELDS, P, G, S, SLOTS, WIDE, FORMAT, WIDTH, BLOCK, TAIL,
     )  # fmt: skip

@@ -8,7 +8,9 @@ row, where ``apply`` finds it. A partial is as in ``measure``; a chunk has two, 
 import triton
 import triton.language as tl
 
+from .apply import arrays_beside, lanes_of
 from .decide import global_norm
+from .formats import GROUP, INT8, load_state, load_weight
 from .measure import EUCLID, FLOOR, GROW, SHRINK
 from .segments import GRAD, HEAD, PARAM, block_of, chunk_of, pointer
 
@@ -29,21 +31,22 @@ GROW_64 = tl.constexpr(2.0**600)
 def add_squares(x, factor, total, ROWS: tl.constexpr):
     """Add the squares of factor*x. Each thread adds up its own: an accumulator for each takes too many registers."""
     x = x * factor
-    return total + tl.sum(tl.reshape(x * x, [ROWS, x.shape[0] // ROWS]), axis=1)
+    return total + tl.sum(tl.reshape(x * x, [ROWS, x.numel // ROWS]), axis=1)
 
 
 @triton.jit
 def block_terms(
-    p_ptr, g_ptr, state_ptrs, offset, lanes, mask, h, grad_scale, limit, ALIGNED: tl.constexpr,
-    DIRECTION: tl.constexpr, CLIP: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr,
+    p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, offset, lanes, left, mask, h, grad_scale, limit,
+    ALIGNED: tl.constexpr, DIRECTION: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, P: tl.constexpr,
+    SLOTS: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """The parameters and the directions of one block, 0 where the mask lets nothing through."""
-    p = tl.load(block_of(p_ptr, offset, ALIGNED) + lanes, mask=mask, other=0.0).to(WIDE)
+    p = load_weight(p_ptr, extra_ptr, offset, lanes, mask, ALIGNED, ROUND, P, WIDE, FORMAT, 0)
     g = tl.load(block_of(g_ptr, offset, ALIGNED) + lanes, mask=mask, other=0.0).to(WIDE)
     state = ()
     for i in tl.static_range(SLOTS):
-        loaded = tl.load(block_of(state_ptrs[i], offset, ALIGNED) + lanes, mask=mask, other=0.0)
-        state = state + (loaded.to(WIDE),)  # noqa: RUF005
+        x = load_state(state_ptrs[i], scale_ptrs[i], offset, lanes, left, mask, ALIGNED, i, WIDE, FORMAT, 0)
+        state = state + (x,)  # noqa: RUF005
     direction = DIRECTION(p, CLIP(g, grad_scale, limit), *state, h)
     # With eps 0 the direction of nothing is 0/0.
     return p, tl.where(mask, direction, 0.0)
@@ -51,27 +54,28 @@ def block_terms(
 
 @triton.jit
 def chunk_sums(
-    p_ptr, g_ptr, state_ptrs, start, full, stop, h, grad_scale, limit, p_factor, factor,
-    DIRECTION: tl.constexpr, CLIP: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    TAIL: tl.constexpr, ROWS: tl.constexpr,
+    p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, start, full, stop, h, grad_scale, limit, p_factor, factor,
+    DIRECTION: tl.constexpr, CLIP: tl.constexpr, ROUND: tl.constexpr, P: tl.constexpr, SLOTS: tl.constexpr,
+    WIDE: tl.constexpr, FORMAT: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """The sums of squares of the parameters of a chunk and of its directions, each scaled by its factor."""
     p_total = tl.zeros([ROWS], WIDE)
     total = tl.zeros([ROWS], WIDE)
-    lanes = tl.arange(0, BLOCK)
+    lanes = lanes_of(BLOCK, FORMAT)
     for offset in range(start, full, BLOCK):
-        left = ((stop - offset) // 16 * 16).to(tl.int32)  # as in apply: the mask is the same for all of an access
+        left = ((stop - offset) // UNIT * UNIT).to(tl.int32)  # as in apply: the mask is the same for all of an access
         p, direction = block_terms(
-            p_ptr, g_ptr, state_ptrs, offset, lanes, lanes < left, h, grad_scale, limit, True,
-            DIRECTION, CLIP, SLOTS, WIDE,
+            p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, offset, lanes, left, lanes < left, h, grad_scale, limit,
+            True, DIRECTION, CLIP, ROUND, P, SLOTS, WIDE, FORMAT,
         )  # fmt: skip
         p_total = add_squares(p, p_factor, p_total, ROWS)
         total = add_squares(direction, factor, total, ROWS)
-    few = tl.arange(0, TAIL)
+    few = lanes_of(TAIL, FORMAT)
     for offset in range(full, stop, TAIL):
         p, direction = block_terms(
-            p_ptr, g_ptr, state_ptrs, offset, few, offset + few < stop, h, grad_scale, limit, False,
-            DIRECTION, CLIP, SLOTS, WIDE,
+            p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, offset, few, (stop - offset).to(tl.int32),
+            offset + few < stop, h, grad_scale, limit, False, DIRECTION, CLIP, ROUND, P, SLOTS, WIDE, FORMAT,
         )  # fmt: skip
         p_total = add_squares(p, p_factor, p_total, ROWS)
         total = add_squares(direction, factor, total, ROWS)
@@ -124,7 +128,10 @@ def trust_norms(
     S: tl.constexpr,
     WIDTH: tl.constexpr,  # of a row of the pointer table
     SLOTS: tl.constexpr,  # of the state, those that the direction takes
+    OF_RULE: tl.constexpr,  # all slots of the state
+    ROUND: tl.constexpr,
     WIDE: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -148,20 +155,22 @@ def trust_norms(
         state_ptrs = ()
         for i in tl.static_range(SLOTS):
             state_ptrs = state_ptrs + (pointer(tl.load(row + HEAD + i), S),)  # noqa: RUF005
+        scale_ptrs, extra_ptr, _ = arrays_beside(row, state_ptrs, HEAD + OF_RULE, OF_RULE, P, FORMAT)
+        UNIT: tl.constexpr = GROUP if FORMAT % 8 == INT8 else 16
         aligned = ((p_address | g_address) & 15) == 0
-        full = tl.where(aligned, start + (stop - start) // 16 * 16, start)
+        full = tl.where(aligned, start + (stop - start) // UNIT * UNIT, start)
 
         one = tl.full([], 1.0, WIDE)
         p_total, total = chunk_sums(
-            p_ptr, g_ptr, state_ptrs, start, full, stop, h, grad_scale, limit, one, one,
-            DIRECTION, CLIP, SLOTS, WIDE, BLOCK, TAIL, ROWS,
+            p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, start, full, stop, h, grad_scale, limit, one, one,
+            DIRECTION, CLIP, ROUND, P, SLOTS, WIDE, FORMAT, UNIT, BLOCK, TAIL, ROWS,
         )  # fmt: skip
         p_factor = factor_for(p_total, WIDE)
         factor = factor_for(total, WIDE)
         if (p_factor != 1.0) | (factor != 1.0):
             p_total, total = chunk_sums(
-                p_ptr, g_ptr, state_ptrs, start, full, stop, h, grad_scale, limit, p_factor, factor,
-                DIRECTION, CLIP, SLOTS, WIDE, BLOCK, TAIL, ROWS,
+                p_ptr, g_ptr, state_ptrs, scale_ptrs, extra_ptr, start, full, stop, h, grad_scale, limit, p_factor,
+                factor, DIRECTION, CLIP, ROUND, P, SLOTS, WIDE, FORMAT, UNIT, BLOCK, TAIL, ROWS,
             )  # fmt: skip
         store_partial(sums_ptr + chunk, p_total, p_factor, 2 * n_chunks, MODE)
         store_partial(sums_ptr + n_chunks + chunk, total, factor, 2 * n_chunks, MODE)

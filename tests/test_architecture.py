@@ -20,7 +20,9 @@ KERNELS = ROOT / "kernels"
 # Upward only: a module imports modules of a lower layer or of its own (families, backends, schedules among themselves).
 LAYERS = [
     {"schedules", "rule", "flat"},
-    {"clipping", "live", "scaling"},
+    {"clipping", "live", "precision", "scaling"},
+    {"codecs"},
+    {"conversion"},
     {"capture", "groups", "state"},
     {"gather"},
     {"backends"},

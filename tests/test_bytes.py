@@ -234,6 +234,32 @@ def test_bytes_of_bfloat16_parameters_with_float32_state(traffic: Traffic) -> No
     assert 24 < traffic.bytes / sum(p.numel() for p in params) <= limit
 
 
+# Bytes an element: the floor, and 2 % more.
+STORED: dict[str, tuple[fusedlr.Precision, dict[str, Any], float]] = {
+    "fp32-clip": (fusedlr.Precision(state="fp32"), {"clip": CLIP}, 24.0),
+    "fp32": (fusedlr.Precision(state="fp32"), {}, 22.0),
+    "exact-clip": (fusedlr.Precision.exact(), {"clip": CLIP}, 28.0),
+    "master-clip": (fusedlr.Precision(state="fp32", weights="fp32"), {"clip": CLIP}, 32.0),
+    "stochastic-clip": (fusedlr.Precision(state="bf16", rounding="stochastic"), {"clip": CLIP}, 16.0),
+    "int8-clip": (fusedlr.Precision(state="int8"), {"clip": CLIP}, 12.25),
+    "compact-clip": (fusedlr.Precision.compact(), {"clip": CLIP}, 14.25),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_bytes_of_every_storage(traffic: Traffic, name: str) -> None:
+    """A step of AdamW with bfloat16 parameters, all tables included; every array of the state is touched once."""
+    precision, options, floor = STORED[name]
+    # As models have them, and larger: a table's row of a tensor is then less than 0.1 % of its bytes.
+    params = parameters(torch.bfloat16, [(257, 301), (40_001,), (13, 7), (512, 512), (1,), (1025,), (513, 49)])
+    optimizer = fusedlr.AdamW(params, lr=1e-3, backend="triton", precision=precision, **options)
+    optimizer.step()
+    states = [[value for value in optimizer.state[p].values() if value.ndim] for p in params]
+    assert len(states[0]) == 2 + 2 * (precision.state == "int8") + (precision.weights != "param")
+    check_arrays(traffic, params, states, 2 if "clip" in name else 1)
+    assert floor < traffic.bytes / sum(p.numel() for p in params) <= 1.02 * floor
+
+
 # Random state may be none that a run leads to: centered RMSprop takes the root of a negative number then. Only the
 # accesses count here.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt:RuntimeWarning")

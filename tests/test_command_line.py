@@ -201,7 +201,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"backend triton", "backend auto", "device cpu", "python", "numpy"} <= told.keys()
     for module in ("schedules", "clipping"):
         assert told[module].split(", ") == getattr(fusedlr, module).__all__
-    assert {"SGD", "Adam", "AdamW"} <= set(told["optimizers"].split(", "))
+    assert {"SGD", "Adam", "AdamW"} <= set(told["optimizers"].split(", ")) and "Precision" not in told["optimizers"]
+    assert "# 14 bytes a bfloat16 parameter of Adam" in told["precision exact()"]
+    assert "# 7.125 bytes a bfloat16 parameter of Adam" in told["precision compact()"]
 
 
 def test_it_runs_as_a_module(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ OWN: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of ('propagate', 'skip', 'raise'), but got 'ignore'"),
     ({"backend": "cuda"}, ValueError, "backend must be one of ('auto', 'triton', 'torch'), but got 'cuda'"),
     ({"differentiable": True}, ValueError, "differentiable=True is not possible here"),
-    ({"precision": "fp32"}, ValueError, "precision must be None in this version of fusedlr, but got 'fp32'"),
+    ({"precision": "fp32"}, TypeError, "precision must be a fusedlr.Precision or None, but got 'fp32' (str)"),
     ({"norm_group": "world"}, ValueError, "norm_group must be None in this version of fusedlr, but got 'world'"),
 ]
 
@@ -285,7 +285,7 @@ def test_a_gradient_that_stayed_behind() -> None:
 
 def test_a_gradient_on_another_device() -> None:
     """autograd and p.grad refuse one themselves; with a GPU p.data can still be moved away from its gradient."""
-    leaf = Leaf(param(2, 3), 0, 0, None)
+    leaf = Leaf(param(2, 3), 0, 0, None, fusedlr.Precision())
     with pytest.raises(ValueError, match="lies on meta; move the gradient to the device of its parameter"):
         check_gradients([leaf], [torch.zeros(2, 3, device="meta")])
 

@@ -265,7 +265,7 @@ def test_every_chunk_belongs_to_one_program(monkeypatch: pytest.MonkeyPatch) -> 
                 step_module.measure_share.fn(program, n_programs, *[None] * 5, n_chunks, *[None] * 6)
                 mine = list(seen)
                 seen.clear()
-                step_module.apply_share.fn(program, n_programs, *[None] * 4, n_chunks, *[None] * 13)
+                step_module.apply_share.fn(program, n_programs, *[None] * 4, n_chunks, *[None] * 15)
                 assert seen == mine[::-1]
                 measured += mine
                 applied += seen

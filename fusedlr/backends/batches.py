@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..flat import SMALL
 from ..gather import in_order
+from ..precision import GROUP
 from ..rule import Rule
 from ..state import Leaf
 from .norms import ROW
+from .stored import Place, place_of, places_of, wide
 
 __all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces", "wide"]
 
@@ -37,16 +39,11 @@ def pieces(x: Tensor, size: int = CHUNK) -> Sequence[Tensor]:
     return x.split(size) if x.numel() > size else (x,)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class Batch:
     """One leaf, or small neighbours; ``param`` is None where the only leaf has strides that leave gaps."""
 
-    __slots__ = ("_plain", "_take", "dtype", "gathered", "leaves", "numel", "ordered", "param", "positions", "slots",
-                 "spans")  # fmt: skip
+    __slots__ = ("_place", "_plain", "_take", "dtype", "extra", "gathered", "leaves", "numel", "ordered", "param",
+                 "positions", "scales", "slots", "spans", "storage")  # fmt: skip
 
     def __init__(self, positions: list[int], leaves: list[Leaf]) -> None:
         first = leaves[0]
@@ -58,15 +55,30 @@ class Batch:
         # Of gathered gradients: another than the parameters' is not rounded to a narrow one.
         self.dtype = first.dtype if first.grad_dtype == first.dtype else wide(first.dtype)
         self.gathered: Tensor | None = None  # where the gradients are kept from the norm to the update
+        self._place: Place | None = None
+        assert first.bank is not None
+        self.storage = first.bank.storage
         if len(leaves) == 1:
-            self.param, self.slots = first.flat, first.slots
+            self.param, self.slots, self.scales, self.extra = first.flat, first.slots, first.scales, first.extra
             return
-        assert first.home is not None and first.bank is not None
+        assert first.home is not None
         self.param = first.home.piece[first.home.start : first.home.start + self.numel]
-        self.slots = tuple(slot[first.bank_start : first.bank_start + self.numel] for slot in first.bank.slots)
+        here = slice(first.bank_start, first.bank_start + self.numel)
+        groups = slice(here.start // GROUP, -(-here.stop // GROUP))
+        self.slots = tuple(slot[here] for slot in first.bank.slots)
+        self.scales = tuple(scale[groups] for scale in first.bank.scales)
+        self.extra = None if first.bank.extra is None else first.bank.extra[here]
         self._take = itemgetter(*positions)
         # Vectors without padding between them are put together by one operator.
         self._plain = all(leaf.param.ndim == 1 for leaf in leaves) and sum(n for _, n in self.spans) == self.numel
+
+    def place(self) -> Place:
+        """To which tensors the elements belong; kept where there are several, which are small."""
+        if len(self.leaves) == 1:
+            return place_of(self.leaves[0])
+        if self._place is None:
+            self._place = places_of(self.leaves, self.spans, self.numel)
+        return self._place
 
     def gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradient of the only leaf, in the order of ``param``."""
@@ -125,7 +137,8 @@ class Call:
         # Whether the operator needs its gradients in another dtype than they have.
         self.converts = self.leaf.grad_dtype != self.leaf.dtype
         # Whether PyTorch has an operator of its own for this rule and dtype.
-        self.has_operator = rule.aten is not None and self.leaf.dtype in (torch.float32, torch.float64)
+        known = rule.aten is not None and self.leaf.dtype in (torch.float32, torch.float64)
+        self.has_operator = known and batches[0].storage.plain
 
     def numbers(self) -> list[float] | None:
         """Steps taken, and what the rule carries, the same for all leaves; None where they have come to differ."""

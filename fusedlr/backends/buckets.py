@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import capture
 from ..gather import in_order
 from ..live import Live
+from ..precision import Storage
 from ..rule import Rule
 from ..schedules.program import Kind, pack
 from ..state import Leaf
@@ -99,11 +100,13 @@ class Bucket:
         self._firsts = first
         self._counts = np.array(counts)
         self._addresses = np.array([leaf.step.data_ptr() for leaf in leaves])  # type: ignore[union-attr]
-        self._segments = np.zeros((len(leaves), 3 + len(self.rule.slots)), dtype=np.int64)
-        for row, leaf in zip(self._segments, leaves, strict=True):
+        self.storage = leaves[0].storage(self.rule)
+        beside = [_beside(leaf, self.storage) for leaf in leaves]
+        self._segments = np.zeros((len(leaves), 3 + len(self.rule.slots) + len(beside[0])), dtype=np.int64)
+        for row, leaf, more in zip(self._segments, leaves, beside, strict=True):
             row[0] = leaf.ptr if leaf.flat is not None else 0
             row[2] = leaf.numel
-            row[3:] = [slot.data_ptr() for slot in leaf.slots]
+            row[3:] = [*(slot.data_ptr() for slot in leaf.slots), *more]
         self._sent_segments = Sent(self.device)
         self._sent_scalars = Sent(self.device)
         self._sent_pointers = Sent(self.device)
@@ -272,6 +275,17 @@ class Bucket:
             if live.version != version:
                 live.fill(cell)
                 self._cells[i] = (cell, live, live.version)
+
+
+def _beside(leaf: Leaf, storage: Storage) -> list[int]:
+    """The columns behind the slots: scales, what completes the weight, and what random bits are made from."""
+    columns = [scale.data_ptr() for scale in leaf.scales]
+    if leaf.extra is not None:
+        columns.append(leaf.extra.data_ptr())
+    if storage.noisy:
+        assert leaf.step is not None
+        columns += [leaf.step.data_ptr(), leaf.key]
+    return columns
 
 
 def waves(leaves: Sequence[Leaf]) -> list[int]:

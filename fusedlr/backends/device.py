@@ -20,8 +20,7 @@ from ..rule import Rule
 from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
-from .batches import wide
-from .torch import reference_update, trust_terms
+from .stored import Step, arrays_of, decoded, place_of, stored_update, trust_terms, wide
 from .units import joined_norm, unit_grid, unit_norms
 
 __all__ = ["DeviceExecutor"]
@@ -142,13 +141,17 @@ class DeviceExecutor(Executor):
             h = rule.row(step.double(), *[x.double() for x in leaf.carried], **scalars)
             factor = 1.0 if self._factors is None else self._factors[i]
             factor = factor.to(leaf.device) if isinstance(factor, Tensor) else factor
-            given = p, in_order(g, leaf), leaf.slots, h, factor, limit, knobs.maximize[leaf.group]
+            assert leaf.bank is not None
+            storage, arrays, maximize = leaf.bank.storage, arrays_of(leaf, p), knobs.maximize[leaf.group]
+            g = in_order(g, leaf)
             if rule.trust is not None:
-                norms = [_norm(x, 2.0) for x in trust_terms(rule.trust, *given)]
-                given = (*given[:3], h._replace(trust=rule.trust.ratio(*norms, h)), *given[4:])
-            new = reference_update(rule, *given)
+                w, *state = decoded(storage, arrays)
+                terms = trust_terms(rule.trust, w, g, state, h, factor, limit, maximize)
+                h = h._replace(trust=rule.trust.ratio(*[_norm(x, 2.0) for x in terms], h))
+            todo = Step(rule, h, limit, maximize, step)
+            new = stored_update(storage, arrays, g, factor, todo, place_of(leaf))
             numbers = (step, *h[: len(leaf.carried)])
-            for old, value in zip((leaf.step, *leaf.carried, p, *leaf.slots), (*numbers, *new), strict=True):
+            for old, value in zip((leaf.step, *leaf.carried, *arrays.flatten()), (*numbers, *new), strict=True):
                 if self._skip is not None:
                     value = torch.where(self._skip.to(leaf.device), old.to(value.dtype), value)
                 old.copy_(value)

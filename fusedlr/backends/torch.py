@@ -16,15 +16,16 @@ from torch import Tensor
 
 from ..clipping.adaptive import unit_factor
 from ..gather import in_order
-from ..rule import Rule, Trust
+from ..rule import Rule
 from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
-from .batches import ROUND, Batch, Call, Round, calls_of, pieces, wide
+from .batches import ROUND, Batch, Call, Round, calls_of, pieces
 from .norms import combine, euclidean, piece_sum, row_norms
+from .stored import Arrays, Step, arrays_of, decoded, reference_update, stored_update, trust_terms, wide
 from .units import joined_norm, unit_grid, unit_norms
 
-__all__ = ["HostExecutor", "reference_update", "trust_terms"]
+__all__ = ["HostExecutor"]
 
 # Elements that a reference rule treats at once: its temporaries stay in the cache.
 RULE_CHUNK = 1 << 16
@@ -33,34 +34,6 @@ _LEAST_FOLDED = 1e-12
 
 
 _NOTHING: tuple[Batch | None, Tensor] = (None, torch.empty(0))
-
-
-def _inputs(
-    p: Tensor, g: Tensor, slots: Sequence[Tensor], factor: Any, limit: float, maximize: bool
-) -> list[Tensor]:
-    """What a reference rule is given: (p, g, *slots) in float32 (float64 for float64), g after the clip."""
-    dtype = wide(p.dtype)
-    g = g.to(dtype)
-    if isinstance(factor, Tensor) or factor != 1.0:
-        g = g * factor
-    if limit != math.inf:
-        g = g.clamp(-limit, limit)
-    return [p.to(dtype), -g if maximize else g, *[slot.to(dtype) for slot in slots]]
-
-
-def reference_update(
-    rule: Rule, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
-) -> tuple[Tensor, ...]:
-    """The reference rule with the clip before it, in float32 (float64 for float64): the new (p, *state), unrounded."""
-    return rule.update(*_inputs(p, g, slots, factor, limit, maximize), h)
-
-
-def trust_terms(
-    trust: Trust, p: Tensor, g: Tensor, slots: Sequence[Tensor], h: Any, factor: Any, limit: float, maximize: bool
-) -> tuple[Tensor, Tensor]:
-    """What the trust ratio takes the norms of: the parameter and its direction, with the clip before it."""
-    p, *rest = _inputs(p, g, slots[: len(trust.slots)], factor, limit, maximize)
-    return p, trust.direction(p, *rest, h)
 
 
 def _trusted(
@@ -321,14 +294,20 @@ class HostExecutor(Executor):
 
     def _by_rule(self, call: Call, grads: Sequence[Tensor], h: Any, knobs: Knobs) -> None:
         limit, maximize = knobs.clip_numbers[2], knobs.maximize[call.group]
+        assert call.leaf.step is not None
+        step = Step(call.rule, h, limit, maximize, call.leaf.step)
         for batch in call.batches:
             if batch.param is None:
-                self._in_a_copy(call.rule, batch, grads, h, knobs)
+                self._in_a_copy(batch, grads, step)
                 continue
             if call.has_operator:
                 continue
-            arrays = (batch.param, self._scaled(batch, self._gradient(batch, grads)), *batch.slots)
+            g = self._scaled(batch, self._gradient(batch, grads))
             factor = self._factor(batch) if len(batch.leaves) == 1 or len(self._factors or ()) == 1 else 1.0
+            if not batch.storage.plain:
+                _step_stored(batch, Arrays(batch.param, batch.slots, batch.scales, batch.extra), g, factor, step)
+                continue
+            arrays = (batch.param, g, *batch.slots)
             # A trust ratio is a tensor's own; without one, a batch is treated as one tensor.
             alone = call.rule.trust is None or len(batch.leaves) == 1
             tensors = [arrays] if alone else [[x[a : a + n] for x in arrays] for a, n in batch.spans]
@@ -340,17 +319,29 @@ class HostExecutor(Executor):
                     for old, value in zip((p, *slots), new, strict=True):
                         old.copy_(value)
 
-    def _in_a_copy(
-        self, rule: Rule, batch: Batch, grads: Sequence[Tensor], h: Any, knobs: Knobs
-    ) -> None:
+    def _in_a_copy(self, batch: Batch, grads: Sequence[Tensor], step: Step) -> None:
         """Step a parameter whose strides leave gaps: by the reference rule, through a dense copy."""
         (leaf,) = batch.leaves
         p = in_order(leaf.param.detach(), leaf)
         g = self._scaled(batch, self._gradient(batch, grads))
-        factor, limit = self._factor(batch), knobs.clip_numbers[2]
-        maximize = knobs.maximize[leaf.group]
-        h = _trusted(rule, [(p, g, *batch.slots)], h, factor, limit, maximize)
-        new = reference_update(rule, p, g, batch.slots, h, factor, limit, maximize)
-        for old, value in zip((p, *batch.slots), new, strict=True):
-            old.copy_(value)
+        _step_stored(batch, arrays_of(leaf, p), g, self._factor(batch), step)
         leaf.param.copy_(p.as_strided(leaf.shape, leaf.strides))
+
+
+def _step_stored(batch: Batch, arrays: Arrays, g: Tensor, factor: float, step: Step) -> None:
+    """Step arrays in any storage, tensor by tensor where a trust ratio asks for it."""
+    rule, h, limit, maximize, _ = step
+    place = batch.place()
+    alone = rule.trust is None or len(batch.leaves) == 1
+    for start, n in [(0, batch.numel)] if alone else batch.spans:
+        stop = start + n
+        parts = [slice(a, min(a + RULE_CHUNK, stop)) for a in range(start, stop, RULE_CHUNK)]
+        if rule.trust is not None and parts:
+            # One piece after the other: what is decoded stays in the cache.
+            read = ((w, g[here], *state) for here in parts for w, *state in [decoded(batch.storage, arrays.part(here))])
+            step = step._replace(h=_trusted(rule, read, h, factor, limit, maximize))
+        for here in parts:
+            part = arrays.part(here)
+            new = stored_update(batch.storage, part, g[here], factor, step, place.part(here))
+            for old, value in zip(part.flatten(), new, strict=True):
+                old.copy_(value)

@@ -96,7 +96,8 @@ class TritonExecutor(Executor):
         """``FUSEDLR_ONE_LAUNCH=1`` asks for one launch a step, where one bucket is all there is."""
         (bucket, *others) = self._buckets
         asked = os.environ.get("FUSEDLR_ONE_LAUNCH", "0") not in ("", "0")
-        if not asked or others or not bucket.n_chunks or bucket.trust is not None:
+        special = bucket.trust is not None or not bucket.storage.plain
+        if not asked or others or not bucket.n_chunks or special:
             return None
         if not self._launch.can_launch_step(bucket.device, bucket.dtype):
             return None
@@ -229,13 +230,15 @@ class TritonExecutor(Executor):
 
     def _apply_choices(self, bucket: Bucket, knobs: Knobs) -> dict[str, Any]:
         """The compile-time choices of apply for a bucket."""
+        storage = bucket.storage
         return {
             "rule_name": bucket.rule.name,
             "hyper_name": bucket.rule.hyper.__name__,
             "clamp": knobs.clip_numbers[2] != float("inf"),
             "dtype": bucket.dtype,
             "grad_dtype": bucket.grad_dtype,
-            "state_dtypes": tuple(slot.dtype for slot in bucket.leaves[0].slots),
+            "state_dtypes": (storage.dtype,) * len(bucket.rule.slots),
+            "storage": (storage.state, storage.weights, bucket.rule.unsigned),
         }
 
     def _step(self, knobs: Knobs) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
+from ..precision import Precision
 from ..rule import Rule, Trust, averaged_square, decayed, expm1_log, minus, sqrt, where
 
 __all__ = ["LAMB"]
@@ -135,7 +136,7 @@ class LAMB(FusedOptimizer):
         schedule: a schedule of the learning rate, or a dict of schedules by the name of the scalar.
         clip: a clipping strategy, or a number M for ``clipping.GlobalNorm(M)``.
         nonfinite: what a step does whose gradients hold an inf or NaN: "propagate", "skip" or "raise".
-        precision: None, the storage of torch.optim.
+        precision: how weights and state are stored, a :class:`fusedlr.Precision`; None: as torch.optim does.
         flatten: whether parameters are moved into flat buffers.
         backend: "auto", "triton" or "torch".
         norm_group: None.
@@ -183,7 +184,7 @@ class LAMB(FusedOptimizer):
         schedule: ScheduleArg = None,
         clip: Clip | float | None = None,
         nonfinite: str = "propagate",
-        precision: None = None,
+        precision: Precision | None = None,
         flatten: bool = True,
         backend: str = "auto",
         norm_group: None = None,
