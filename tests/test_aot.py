@@ -284,9 +284,10 @@ def test_memory_limits_the_loops_and_not_instructions(table: Table, arch: str) -
 
     That is 6 instructions a thread for each byte; an H100, with 3.35e12 bytes, has 9. A fifth is left for waiting, but
     not where LAMB's norms have a root and a division for 8 bytes of 16-bit numbers; an eighth of their instructions are
-    for the root of a denormal number, and hardly ever run; nor where three arrays of 16 bits take random bits. 8-bit
-    state moves so little that instructions limit it on an H200: but those of an element stay below the 144 that 24
-    bytes, the same step with float32 state, take there.
+    for the root of a denormal number, and hardly ever run; nor where three arrays of 16 bits take random bits, or one
+    of float16, whose subnormal numbers have a spacing of their own. 8-bit state moves so little that instructions limit
+    it on an H200: but those of an element stay below the 144 that 24 bytes, the same step with float32 state, take
+    there.
     """
     for name, kernel in table.items() if arch == "sm_90" else ():
         if kernel["loops"] and "fp64" not in name:
@@ -295,7 +296,11 @@ def test_memory_limits_the_loops_and_not_instructions(table: Table, arch: str) -
                 elements = least["bytes"] / kernel["bytes_per_element"]
                 assert least["instructions"] / elements < 144 and least["instructions"] / least["bytes"] < 9, kernel
             else:
-                busy = name in ("norms-lamb-bf16", "norms-lamb-fp16") or form_of(name) == "bf16_noisy"
+                busy = form_of(name) == "bf16_noisy" or name in (
+                    "norms-lamb-bf16",
+                    "norms-lamb-fp16",
+                    "apply-adamw-fp16-noisy",
+                )
                 most = 6 if busy else 5
                 assert least["instructions"] / least["bytes"] < most, kernel
 
