@@ -84,8 +84,8 @@ def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotary position embedding: each pair of features is turned by an angle that grows with the position."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -140,7 +140,7 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, batch: Tensor) -> Tensor:
-        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Matrices decay, the gains of the normalisations do not."""
