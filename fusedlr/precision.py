@@ -33,7 +33,8 @@ class Precision:
         state: "param", the parameter's dtype as in torch.optim; "fp32"; "bf16", stochastically rounded; or "int8",
             8-bit codes in groups of 64 elements that share a float32 scale. The step count stays a float32.
         weights: "param", the parameter alone; "fp32", a float32 master copy in the state (``master``); "split", for
-            bfloat16 parameters: the bits of the float32 weight that bfloat16 lacks (``param_low``).
+            bfloat16 parameters: the bits of the float32 weight that bfloat16 lacks (``param_low``). float32 parameters
+            among them lack nothing and stay alone.
         rounding: "nearest" or "stochastic": how a result is rounded to a 16-bit parameter without further bits, and to
             the weight of 24 bits that ``weights="split", bits=8`` keeps. The parameter beside a master copy, or beside
             16 bits, is the nearest to the float32 weight. Stochastic: up or down with the probabilities that make the
@@ -100,7 +101,8 @@ class Precision:
             slots: state tensors of the optimizer: 2 for Adam, 1 for Lion and SGD with momentum.
         """
         held = {"param": dtype.itemsize, "fp32": 4, "bf16": 2, "int8": 1 + 4 / GROUP}[self.state]
-        missing = {"param": 0, "fp32": 4 if dtype in _NARROW else 0, "split": self.bits // 8}[self.weights]
+        split = self.bits // 8 if dtype == torch.bfloat16 else 0
+        missing = {"param": 0, "fp32": 4 if dtype in _NARROW else 0, "split": split}[self.weights]
         return 2 * dtype.itemsize + slots * held + missing
 
     def __repr__(self) -> str:
@@ -159,7 +161,7 @@ def storage_of(precision: Precision, dtype: torch.dtype, stateful: bool) -> Stor
     held = {"param": dtype, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[precision.state]
     state = "int8" if held == torch.int8 else "noisy" if precision.state == "bf16" else "plain"
     noisy = precision.rounding == "stochastic"
-    if precision.weights == "split":
+    if precision.weights == "split" and dtype == torch.bfloat16:  # a float32 has all its bits
         weights = "split16" if precision.bits == 16 else "noisy8" if noisy else "split8"
     elif precision.weights == "fp32" and dtype in _NARROW:
         weights = "master"
@@ -176,10 +178,10 @@ def check_precision(precision: Precision, dtype: torch.dtype, rule: Rule) -> Non
             f"state={precision.state!r}, weights={precision.weights!r} is not possible for a float64 parameter, whose "
             "state and arithmetic are float64; give it an optimizer without precision, or convert it to float32"
         )
-    if precision.weights == "split" and dtype != torch.bfloat16:
+    if precision.weights == "split" and dtype == torch.float16:
         raise ValueError(
-            f"weights='split' keeps the bits that bfloat16 lacks, but a parameter is {dtype}; use weights='fp32', "
-            "which keeps a master copy of 16-bit parameters and leaves float32 ones as they are"
+            "weights='split' keeps the bits that bfloat16 lacks, but a parameter is torch.float16; use weights='fp32', "
+            "which keeps a master copy of 16-bit parameters, or bfloat16 parameters"
         )
     if precision.state in ("bf16", "int8") and rule.cancels:
         raise ValueError(

@@ -367,7 +367,7 @@ def test_arguments(arguments: dict[str, Any], message: str) -> None:
 IMPOSSIBLE = [
     (fusedlr.AdamW, {}, Precision(state="int8"), torch.float64, "not possible for a float64 parameter"),
     (fusedlr.AdamW, {}, Precision(weights="fp32"), torch.float64, "not possible for a float64 parameter"),
-    (fusedlr.AdamW, {}, Precision.exact(), FP32, "bits that bfloat16 lacks, but a parameter is torch.float32"),
+    (fusedlr.AdamW, {}, Precision.exact(), torch.float16, "bits that bfloat16 lacks, but a parameter is torch.float16"),
     (fusedlr.SGD, {}, Precision.compact(), torch.float16, "keeps the bits that bfloat16 lacks"),
     (fusedlr.RMSprop, {"centered": True}, Precision(state="int8"), BF16, "not possible for rmsprop_centered"),
     (fusedlr.RMSprop, {"centered": True, "momentum": 0.9}, Precision(state="bf16"), BF16, "difference of two state"),
@@ -387,6 +387,25 @@ def test_precisions_that_cannot_be(cls: Any, kwargs: Any, precision: Any, dtype:
             optimizer.add_param_group({"params": [p]})
         assert len(optimizer.param_groups) == 1
     assert p.data_ptr() == where, "the parameter was moved by what failed"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_parameters_have_nothing_to_split(backend: str, triton_device: torch.device) -> None:
+    """A model in bfloat16 often keeps its normalisations in float32: they are stepped as in float32 training."""
+    device = triton_device if backend == "triton" else "cpu"
+    narrow = nn.Parameter(torch.randn(100, device=device).bfloat16())
+    full, alone = (nn.Parameter(torch.linspace(-1, 1, 40, device=device)) for _ in range(2))
+    both = fusedlr.AdamW([narrow, full], precision=Precision.exact(), backend=backend)
+    only = fusedlr.AdamW([alone], backend=backend)
+    for _ in range(3):
+        narrow.grad = torch.randn_like(narrow)
+        full.grad = torch.randn_like(full)
+        alone.grad = full.grad.clone()
+        both.step()
+        only.step()
+    assert set(both.state[full]) == {"step", "exp_avg", "exp_avg_sq"} == set(both.state[narrow]) - {"param_low"}
+    assert torch.equal(full, alone) and torch.equal(both.full_precision_parameters()[full], alone)
+    assert Precision.exact().bytes_per_parameter(FP32) == 16
 
 
 def test_stateless_sgd_has_nothing_to_store() -> None:
