@@ -15,6 +15,7 @@ from fusedlr import optimizer as core
 from fusedlr.backends.device import DeviceExecutor
 from fusedlr.backends.torch import HostExecutor
 from fusedlr.backends.triton import TritonExecutor
+from fusedlr.kernels import launch, launch_trust
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_graphs.py captures real graphs")
 COSINE = schedules.Cosine(10, min_lr=0.0)
@@ -250,3 +251,81 @@ def test_a_schedule_by_time_cannot_be_captured(graph: Graph) -> None:
     graph.on = True
     with pytest.raises(capture.CaptureError, match="TimeDecay does not move"):
         optimizer.step()
+
+
+class Recorded:
+    """The launches of one step, which can be run again with nothing but the arguments that they had."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.on = False
+        for module, names in (
+            (launch, ("launch_measure", "launch_decide", "launch_apply")),
+            (launch_trust, ("launch_trust",)),
+        ):
+            for name in names:
+                monkeypatch.setattr(module, name, self.recording(getattr(module, name)))
+
+    def recording(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            if self.on:
+                self.calls.append((function, args, kwargs))
+            function(*args, **kwargs)
+
+        return call
+
+    def replay(self) -> None:
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+
+MOVING = {
+    "lr": schedules.Cosine(6, min_lr=0.01),
+    "weight_decay": schedules.Cosine(5, min_lr=0.01),
+    "max_norm": schedules.Cosine(4, min_lr=0.25),
+}
+PRECISIONS = {
+    "none": None,
+    "compact": fusedlr.Precision.compact(),
+    "stochastic": fusedlr.Precision(state="bf16", rounding="stochastic", seed=3),
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("cls", [fusedlr.AdamW, fusedlr.LAMB])
+def test_launches_with_the_same_arguments_take_the_next_step(
+    cls: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that moves is read from the device: lr, decay, threshold, clip factor, step count, stochastic rounding.
+
+    A graph replays its launches with the arguments that they were captured with. The same is done here by hand, beside
+    an optimizer that takes the same steps by ``step()``, over gradients that change in place.
+    """
+    recorded = Recorded(monkeypatch)
+    runs = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(5)
+        params = [torch.nn.Parameter(torch.randn(n, generator=generator).bfloat16()) for n in (200, 1000)]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        options = {"schedule": MOVING, "clip": 0.5, "backend": "triton", "precision": PRECISIONS[name]}
+        runs.append((cls(params, lr=0.1, weight_decay=0.1, **options), params))
+    (eager, theirs), (replayed, ours) = runs
+    changed = []
+    for i in range(6):
+        generator = torch.Generator().manual_seed(i)
+        for p, q in zip(theirs, ours, strict=True):
+            assert p.grad is not None and q.grad is not None
+            p.grad.copy_(torch.randn(p.shape, generator=generator) * (i + 1))
+            q.grad.copy_(p.grad)
+        eager.step()
+        if i < 2:
+            recorded.on = i == 1
+            replayed.step()
+            recorded.on = False
+        else:
+            recorded.replay()
+        now = snapshot(replayed)
+        assert all(map(torch.equal, snapshot(eager), now)), f"step {i}"
+        changed.append(now[0])
+    assert len(recorded.calls) >= 3 and not any(map(torch.equal, changed, changed[1:]))

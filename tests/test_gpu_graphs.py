@@ -44,7 +44,7 @@ def fill(params: list[nn.Parameter], i: int, times: float = 1.0) -> None:
     """The gradients of step i, into the memory that is there, if any is."""
     generator = torch.Generator().manual_seed(70 + i)
     for p in params:
-        g = (torch.randn(p.shape, generator=generator) * times).cuda()
+        g = (torch.randn(p.shape, generator=generator) * times).to(p.device, p.dtype)
         if p.grad is None:
             p.grad = g
         else:
@@ -92,6 +92,32 @@ def test_numbers_in_tensors_move_between_replays() -> None:
         torch.cuda.synchronize()
         outcomes.append([*everything(optimizer), optimizer.last_grad_norm])
     assert all(map(torch.equal, *outcomes))
+
+
+@pytest.mark.parametrize("cls", [fusedlr.AdamW, fusedlr.LAMB])
+@pytest.mark.parametrize(
+    "precision", [fusedlr.Precision.compact(), fusedlr.Precision(state="bf16", rounding="stochastic")], ids=str
+)
+def test_stochastic_rounding_moves_between_replays(cls: Any, precision: fusedlr.Precision) -> None:
+    """Eager steps and replays round alike, step by step, and so with other random bits each time."""
+    outcomes = []
+    for replays in (True, False):
+        params = [nn.Parameter(p.detach().bfloat16()) for p in make_params()]
+        optimizer = cls(params, lr=0.01, weight_decay=0.1, clip=1.0, schedule=COSINE, precision=precision)
+        graph = None
+        seen = []
+        for i in range(6):
+            fill(params, i)
+            if replays and i == 1:
+                graph = captured(optimizer)
+            if graph is None:
+                optimizer.step()
+            else:
+                graph.replay()
+            torch.cuda.synchronize()
+            seen.append([t.clone() for t in everything(optimizer)])
+        outcomes.append(seen)
+    assert all(all(map(torch.equal, a, b)) for a, b in zip(*outcomes, strict=True))
 
 
 def test_forward_backward_and_step_in_one_graph() -> None:
