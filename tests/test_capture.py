@@ -9,13 +9,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from fusedlr.kernels import launch, launch_trust
+
 import fusedlr
 from fusedlr import capture, schedules
 from fusedlr import optimizer as core
 from fusedlr.backends.device import DeviceExecutor
 from fusedlr.backends.torch import HostExecutor
 from fusedlr.backends.triton import TritonExecutor
-from fusedlr.kernels import launch, launch_trust
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_graphs.py captures real graphs")
 COSINE = schedules.Cosine(10, min_lr=0.0)
