@@ -15,6 +15,9 @@ Shapes = list[tuple[int, ...]]
 WARMUP_STEPS = 10
 COSINE_STEPS = 10_000
 
+# State tensors in a parameter's shape, beside the momentum of those that have one.
+STATE_TENSORS = {"AdamW": 2, "SGD": 0, "RMSprop": 1, "Adadelta": 2, "Adamax": 2, "NAdam": 2, "RAdam": 2}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -50,10 +53,7 @@ class Case:
     @property
     def bytes_per_param_floor(self) -> int:
         """Least memory traffic of a step: the gradient is read twice with clipping and never written."""
-        if self.optimizer == "AdamW":
-            state_tensors = 2
-        else:
-            state_tensors = 1 if self.arguments.get("momentum") else 0
+        state_tensors = STATE_TENSORS[self.optimizer] + bool(self.arguments.get("momentum"))
         param_and_gradient = (2 + (1 if self.clip is None else 2)) * self.dtype.itemsize
         return param_and_gradient + 2 * state_tensors * self.state_dtype.itemsize
 
@@ -136,6 +136,13 @@ def sweep(device: str, sizes: tuple[str, ...]) -> list[Case]:
     return [Case(f"{device}-sweep-{size}", device, gpt_of(int(float(size))), n_groups=2, sweep=True) for size in sizes]
 
 
+def by_rule(optimizer: str, **arguments: Any) -> list[Case]:
+    """An optimizer without a fused operator in PyTorch: large tensors, and small ones."""
+    name = optimizer.lower()
+    large = Case(f"cpu-gpt-30m-{name}", "cpu", gpt_of(30_000_000), optimizer=optimizer, arguments=arguments, n_groups=2)
+    return [large, Case(f"cpu-150x512-{name}", "cpu", same(150, 512), optimizer=optimizer, arguments=arguments)]
+
+
 SIZES = ("1e5", "3e5", "1e6", "3e6", "1e7", "3e7", "1e8", "3e8", "1e9")
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
@@ -152,6 +159,11 @@ CASES = (
     Case("cpu-gpt-3m-sgd", "cpu", gpt_3m, optimizer="SGD", arguments=SGD, n_groups=2),
     Case("cpu-150x512-sgd", "cpu", same(150, 512), optimizer="SGD", arguments=SGD),
     Case("cpu-2000x64-sgd", "cpu", same(2_000, 64), optimizer="SGD", arguments=SGD),
+    *by_rule("RMSprop", lr=1e-3, momentum=0.9),
+    *by_rule("Adadelta", lr=1.0),
+    *by_rule("Adamax", lr=1e-3),
+    *by_rule("NAdam", lr=1e-3),
+    *by_rule("RAdam", lr=1e-3),
     *sweep("cpu", SIZES[:7]),
     Case("cuda-1g", "cuda", same(300, 2_048, 1_628)),
     Case("cuda-1g-unclipped", "cuda", same(300, 2_048, 1_628), clip=None),

@@ -55,8 +55,7 @@ def build_fusedlr(case: Case, params: list[Parameter]) -> Contender:
         schedule = schedules.Warmup(WARMUP_STEPS).then(schedules.Cosine(COSINE_STEPS))
     arguments = dict(case.arguments)
     if case.precision is not None:
-        precision: Any = fusedlr
-        arguments["precision"] = precision.Precision(**case.precision)
+        arguments["precision"] = fusedlr.Precision(**case.precision)
     make: Any = getattr(fusedlr, case.optimizer)
     optimizer = make(case.groups(params), schedule=schedule, clip=case.clip, **arguments)
     return Contender(optimizer, optimizer.step)
@@ -151,15 +150,16 @@ OTHER_LIBRARIES = ("optimi", "flashoptim", "bitsandbytes")
 
 def peers_of(case: Case, asked: Collection[str] = ()) -> list[str]:
     """The peers that compute what the case asks for, on its device: the usual ones, or those of them asked for."""
-    names = ["torch-fused"]
+    fused = case.optimizer in ("AdamW", "SGD")  # of the cases' optimizers, those that torch has a fused operator for
+    names = ["torch-fused"] if fused else []
     # In bfloat16, foreach rounds every intermediate result to 8 bits: another computation, not a slower one. Compiled
     # code and the other libraries round at places of their own.
     plain = case.dtype == torch.float32
     if plain:
         names.append("torch-foreach")
-    if case.clip is not None:
+    if fused and case.clip is not None:
         names.append("torch-fused-grad-scale")
-    if case.device == "cuda":
+    if fused and case.device == "cuda":
         names.append("torch-fused-graph")
     # On a CPU it takes minutes to compile, so there only who asks gets it.
     if plain and (case.device == "cuda" or "torch-compile" in asked):

@@ -21,6 +21,8 @@ class BandwidthTarget(NamedTuple):
     fraction: float
 
 
+# Optimizers whose reference rule is run on a CPU, as torch has no fused operator for them.
+_BY_RULE = ("rmsprop", "adadelta", "adamax", "nadam", "radam")
 TARGETS = (
     Target("cpu-gpt-95m", "torch-fused", 1.15),
     Target("cpu-gpt-95m", "torch-foreach", 2.0),
@@ -35,6 +37,8 @@ TARGETS = (
     Target("cpu-gpt-3m-sgd", "torch-fused", 1.0, strict=True),
     Target("cpu-150x512-sgd", "torch-fused", 1.0, strict=True),
     Target("cpu-2000x64-sgd", "torch-fused", 1.0, strict=True),
+    *(Target(f"cpu-gpt-30m-{name}", "torch-foreach", 1.0, strict=True) for name in _BY_RULE),
+    *(Target(f"cpu-150x512-{name}", "torch-foreach", 5.0) for name in _BY_RULE),
     Target("cuda-1g", "torch-fused", 1.35),
     Target("cuda-1g", "torch-fused-grad-scale", 1.2),
     Target("cuda-2000x4096", "torch-fused", 3.0),
@@ -64,6 +68,7 @@ LIMITS = {
     "cpu-2000x64": _HOST,
     "cpu-resnet50-sgd": _CLIPPED_SGD + "; calls for its 107 vectors",
     "cpu-resnet50-sgd-unclipped": _SGD + "; calls for its 107 vectors",
+    "cpu-gpt-30m": "the arithmetic of the rule: an operator at a time, over pieces that stay in the cache",
     "cpu-sweep": "small models: the host; large ones: memory, 32 bytes a parameter against 40",
     "cuda-1g": _CLIPPED_ADAMW,
     "cuda-1g-unclipped": _ADAMW,

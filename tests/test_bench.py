@@ -247,6 +247,7 @@ def test_peers_compute_what_the_case_asks_for():
     gpu = replace(TINY, device="cuda")
     assert set(peers_of(gpu)) == set(PEERS)
     assert not set(OTHER_LIBRARIES) & set(peers_of(replace(gpu, optimizer="SGD", arguments=SGD)))
+    assert peers_of(replace(TINY, optimizer="NAdam")) == ["torch-foreach"]
     bf16 = peers_of(replace(gpu, dtype=torch.bfloat16))
     assert bf16 == ["torch-fused", "torch-fused-grad-scale", "torch-fused-graph"]
 
@@ -342,6 +343,8 @@ def test_cases_are_named_once_and_have_the_real_models_sizes():
         (Case("", "cpu", same(1, 1), dtype=torch.bfloat16, precision={"state": "fp32"}, clip=None), 22),
         (Case("", "cpu", same(1, 1), optimizer="SGD", arguments={"lr": 0.1, "momentum": 0.9}), 24),
         (Case("", "cpu", same(1, 1), optimizer="SGD", arguments={"lr": 0.1}, clip=None), 12),
+        (Case("", "cpu", same(1, 1), optimizer="RMSprop", arguments={"lr": 0.1, "momentum": 0.9}), 32),
+        (Case("", "cpu", same(1, 1), optimizer="Adamax", arguments={"lr": 0.1}, clip=None), 28),
     ],
 )
 def test_least_traffic(case, floor):
