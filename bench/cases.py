@@ -32,7 +32,7 @@ class Case:
     schedule: str | None = "cosine"
     dtype: torch.dtype = torch.float32
     # How fusedlr stores state and weights: the arguments of its Precision; None: as torch.optim stores them.
-    precision: dict[str, str] | None = None
+    precision: dict[str, Any] | None = None
     n_groups: int = 1
     # A point on the plots of time against size: left out by --quick, and by pytest.
     sweep: bool = False
