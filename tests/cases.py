@@ -5,7 +5,8 @@ A row says what an optimizer is; parity, checkpoints and everything else that mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +179,17 @@ STATEFUL = [
                  "adagrad-decays", "adadelta-default", "adamax-default", "nadam-decay", "lion-default", "lamb-default",
                  "lars-default")
 ]  # fmt: skip
+# Between them 0, 1, 2 and 3 slots, numbers that are carried, and a trust ratio, whose norms read the storage too. A
+# rule gets what was decoded, and what it gives is encoded: neither sees the other, so a product of all rules and all
+# storages proves no more than these rows in all storages, and the other rows in two that have nothing in common.
+STORED = [BY_NAME[name] for name in ("sgd-plain", "sgd-momentum", "nadam-decay", "adamw-amsgrad", "lamb-default")]
+FAR_APART = ("exact", "compact")  # float32 state and split weights; codes with scales, and weights rounded at random
+
+
+def in_storages(cases: Sequence[Case], names: Iterable[str], every: Sequence[Case] = STORED) -> list[tuple[Case, str]]:
+    """Cases beside storages: those of ``every`` beside all of ``names``, the others beside the two far apart."""
+    return [(case, name) for case, name in itertools.product(cases, names) if case in every or name in FAR_APART]
+
 
 CLIPS: list[Any] = [
     None,
