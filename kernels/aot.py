@@ -274,8 +274,6 @@ def kernels(target: GPUTarget) -> Iterator[Kernel]:
         yield _decide(rule, FP32, None, "no_factor", guard=False)
         yield _decide(rule, FP32, "global", "clip_factor", guard=True)
         yield _decide(rule, FP32, "tensor", "normalize_factor", guard=False)
-    for rule in ("rmsprop", "adagrad", "adadelta", "adamax", "nadam", "radam", "lion"):
-        yield _decide(rule, FP32, "global", "clip_factor", guard=True)
     yield _decide("adam", FP64, "global", "clip_factor", guard=False)
     for rule in rules.RULES:
         for dtype in (FP32, BF16, FP16, FP64):
