@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from bench.peers import PEERS, Build, Contender, build_fusedlr, difference_of, r
 GRADIENT_NORMS = (0.5, 4.0, 1.7)
 CHECKED_STEPS = len(GRADIENT_NORMS)
 MINIMUM_ROUNDS = 20
+# How often both sides are built anew on a CPU, each build with its share of the rounds. The physical memory that a side
+# happens to get decides whether a large model's step takes, say, 55 ms or 75 ms, for as long as it is held.
+BUILDS = 4
 
 # Enough to push everything out of the L2 cache of current GPUs.
 FLUSH_BYTES = 256 * 2**20
@@ -50,7 +54,9 @@ class Comparison:
     time.
     """
 
-    def __init__(self, case: Case, peer: str, seed: int = 0, build_peer: Build | None = None) -> None:
+    def __init__(
+        self, case: Case, peer: str, seed: int = 0, build_peer: Build | None = None, peer_first: bool = False
+    ) -> None:
         self.case = case
         self.peer_name = peer
         generator = torch.Generator(case.device).manual_seed(seed)
@@ -61,24 +67,26 @@ class Comparison:
         # torch adds up the squares of a float32 tensor in float32: 3e-4 off for 9 million elements on a CPU, and so
         # are the clipped gradients of every peer.
         self.norm_error = 0.0 if case.clip is None else abs(get_total_norm(self.gradients).item() / norm - 1.0)
-        self.sides: list[tuple[list[Parameter], Contender]] = []
-        for build in (build_fusedlr, build_peer or PEERS[peer]):
+        # Who allocates first: parameters here, state in the first step.
+        self.order = (1, 0) if peer_first else (0, 1)
+        builds = (build_fusedlr, build_peer or PEERS[peer])
+        sides: dict[int, tuple[list[Parameter], Contender]] = {}
+        for side in self.order:
             params = [Parameter(p.clone()) for p in self.initial]
-            self.sides.append((params, build(case, params)))
+            sides[side] = params, builds[side](case, params)
+        self.sides = [sides[0], sides[1]]
         self.steps = 0
         self._trash = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=case.device)
 
     def check_then_time(self, rounds: int) -> Times:
         """Times of both sides; raises DisagreementError if parameters differ before or after the timed steps."""
-        if rounds < MINIMUM_ROUNDS:
-            raise ValueError(f"expected at least {MINIMUM_ROUNDS} rounds, for steady percentiles, got {rounds}")
         self.check()
         if replays_graph(self.peer_name):
             for _, contender in self.sides:
                 contender.capture()
         times: tuple[list[float], list[float]] = ([], [])
         for i in range(rounds):
-            for side in (0, 1) if i % 2 == 0 else (1, 0):
+            for side in self.order if i % 2 == 0 else reversed(self.order):
                 self.prepare(side)
                 times[side].append(self._timed(self.sides[side][1].step))
             self.steps += 1
@@ -88,9 +96,9 @@ class Comparison:
     def check(self) -> None:
         """Take a few steps on both sides and compare."""
         for _ in range(CHECKED_STEPS):
-            for side, (_, contender) in enumerate(self.sides):
+            for side in self.order:
                 self.write_gradients(side)
-                contender.step()
+                self.sides[side][1].step()
             self.steps += 1
         self.compare()
 
@@ -175,6 +183,19 @@ class Comparison:
         start = time.perf_counter()
         step()
         return (time.perf_counter() - start) * 1e3
+
+
+def time_builds(case: Case, peer: str, rounds: int) -> Times:
+    """Times of all rounds, on a CPU over several builds, in every second of which the peer allocates first."""
+    builds = BUILDS if case.device == "cpu" else 1
+    times = Times([], [])
+    for i in range(builds):
+        share = rounds // builds + (i < rounds % builds)
+        part = Comparison(case, peer, peer_first=i % 2 == 1).check_then_time(share)
+        times.fusedlr.extend(part.fusedlr)
+        times.peer.extend(part.peer)
+        gc.collect()  # the next build needs the memory of this one
+    return times
 
 
 def copy_gbps(device: str) -> float:

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a file: the folder above holds the packa
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.cases import CASES, Case
-from bench.measure import MINIMUM_ROUNDS, Comparison, DisagreementError, copy_gbps
+from bench.measure import MINIMUM_ROUNDS, DisagreementError, copy_gbps, time_builds
 from bench.peers import PEERS, is_installed, peers_of
 from bench.records import append, bandwidth_fraction, environment, ratio, record
 
@@ -82,7 +82,7 @@ def installed(pairs: list[tuple[Case, str]]) -> list[tuple[Case, str]]:
 
 def compare(case: Case, peer: str, rounds: int, shared: dict[str, Any], copy: float) -> dict[str, Any]:
     """The record of one case and peer."""
-    return record(shared, case, peer, Comparison(case, peer).check_then_time(rounds), copy)
+    return record(shared, case, peer, time_builds(case, peer, rounds), copy)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -240,6 +240,23 @@ def test_a_backward_pass_leaves_the_gradients_that_the_check_writes():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_both_sides_are_built_anew_and_take_turns_in_who_allocates_first(monkeypatch):
+    built = []
+
+    class Seen(Comparison):
+        def __init__(self, case, peer, peer_first):
+            super().__init__(case, peer, peer_first=peer_first)
+            (ours, mine), (theirs, other) = self.sides
+            assert type(mine.optimizer).__module__.startswith("fusedlr") and type(other.optimizer) is torch.optim.AdamW
+            assert all(map(torch.equal, ours, theirs))
+            built.append(self.order)
+
+    monkeypatch.setattr(measure, "Comparison", Seen)
+    times = measure.time_builds(TINY, "torch-fused", 22)
+    assert built == [(0, 1), (1, 0), (0, 1), (1, 0)]
+    assert len(times.fusedlr) == len(times.peer) == 22 and min(times.fusedlr + times.peer) > 0
+
+
 def test_peers_compute_what_the_case_asks_for():
     assert peers_of(TINY) == ["torch-fused", "torch-foreach", "torch-fused-grad-scale"]
     assert peers_of(TINY, ["torch-compile", "torch-fused"]) == ["torch-fused", "torch-compile"]
