@@ -1,6 +1,6 @@
 """Train the model of examples/train_char_gpt.py in float32 and in low precision, and compare the loss curves.
 
-    python bench/quality.py --out bench/results/quality.json     # what is recorded: some minutes of two cores
+    python bench/quality.py --out bench/results/training/quality.json     # what is recorded: some minutes of two cores
     python bench/quality.py --report                             # docs/precision.md and its picture from the record
 
 Every precision starts, for each seed, from the same float32 weights and sees the same batches; weights, batches and so
@@ -28,7 +28,7 @@ from bench.records import ROOT, environment
 from examples.train_char_gpt import BETAS, GPT, MAX_NORM, read_text, windows
 from fusedlr import Precision, schedules
 
-RECORD = ROOT / "bench" / "results" / "quality.json"
+RECORD = ROOT / "bench" / "results" / "training" / "quality.json"
 PAGE = ROOT / "docs" / "precision.md"
 PICTURE = ROOT / "docs" / "images" / "precision-quality.svg"
 BEGIN, END = "<!-- bench/quality.py writes from here -->", "<!-- to here -->"
@@ -215,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         draw(record, PICTURE)
         return
     record = measure(Setting(), args.seeds)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
