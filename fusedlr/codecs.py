@@ -1,7 +1,8 @@
 """The storage formats as bits: the references of ``kernels/formats.py``, one function beside its twin of the same name.
 
-Every format is made of integer operations on the bits of a float32 (and, for 8-bit state, one correctly rounded
-division a group), so that equal numbers give equal bits on every device.
+Every format is made of integer operations on the bits of a float32, so that equal numbers give equal bits on every
+device. For 8-bit state comes a division a group, whose last bits are a GPU's own: a number within 1e-6 of itself of the
+middle between two codes may get the other one there.
 
 *Random bits*: ``murmur(element ^ key)`` with murmur3's finalizer; the key is murmur of the tensor's key and its step.
 Each array of a parameter multiplies the 32 bits by an odd constant of its own and takes the upper ones.
