@@ -22,7 +22,7 @@ GRADIENT_NORMS = (0.5, 4.0, 1.7)
 CHECKED_STEPS = len(GRADIENT_NORMS)
 MINIMUM_ROUNDS = 20
 # How often both sides are built anew on a CPU, each build with its share of the rounds. The physical memory that a side
-# happens to get decides whether a large model's step takes, say, 55 ms or 75 ms, for as long as it is held.
+# happens to get decides whether a large model's step takes 40 ms or 66 ms (the peer's 55 ms or 76 ms), while it is held.
 BUILDS = 4
 
 # Enough to push everything out of the L2 cache of current GPUs.
@@ -35,14 +35,20 @@ class DisagreementError(AssertionError):
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds per step of both sides, one number a round."""
+    """Milliseconds per step of both sides, one number a round; the rounds of one build follow each other."""
 
     fusedlr: list[float]
     peer: list[float]
+    builds: int = 1
 
-    @staticmethod
-    def percentiles(milliseconds: list[float]) -> tuple[float, float, float]:
-        p20, p50, p80 = np.percentile(milliseconds, (20, 50, 80))
+    def percentiles(self, milliseconds: list[float]) -> tuple[float, float, float]:
+        """The 20th, 50th and 80th, found within each build, then averaged over the builds.
+
+        Within a build steps take equally long but for outliers, so medians. From build to build times fall into two
+        heaps: a median of both would be one or the other by chance, for each side on its own.
+        """
+        parts = np.array_split(np.array(milliseconds), self.builds)
+        p20, p50, p80 = np.mean([np.percentile(part, (20, 50, 80)) for part in parts], axis=0)
         return float(p20), float(p50), float(p80)
 
 
@@ -188,7 +194,7 @@ class Comparison:
 def time_builds(case: Case, peer: str, rounds: int) -> Times:
     """Times of all rounds, on a CPU over several builds, in every second of which the peer allocates first."""
     builds = BUILDS if case.device == "cpu" else 1
-    times = Times([], [])
+    times = Times([], [], builds)
     for i in range(builds):
         share = rounds // builds + (i < rounds % builds)
         part = Comparison(case, peer, peer_first=i % 2 == 1).check_then_time(share)

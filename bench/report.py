@@ -35,7 +35,8 @@ Written by `python bench/report.py` (`make report`) from the records under `benc
 [bench/README.md](../bench/README.md) says what is timed and how both sides are checked against each other; every peer
 clips and follows the same schedule. *Ratio*: how many times as long the peer takes. *Bandwidth*: the bytes that a step
 must move, per second, as a part of what a copy moves on the same machine; above 100 % where caches hold the model, or
-where a copy also reads the memory that it writes. Times are medians, with the 20th and 80th percentiles.
+where a copy also reads the memory that it writes. Times are medians, with the 20th and 80th percentiles, on a
+CPU of each of four builds, and then the mean of these.
 """
 NOTHING = "No record yet.\n"
 TARGETS_OF = {True: "Targets, set for an H200:\n", False: "Targets:\n"}

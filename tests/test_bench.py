@@ -257,6 +257,14 @@ def test_both_sides_are_built_anew_and_take_turns_in_who_allocates_first(monkeyp
     assert len(times.fusedlr) == len(times.peer) == 22 and min(times.fusedlr + times.peer) > 0
 
 
+def test_percentiles_are_those_of_a_build_averaged():
+    """Two heaps, 40 and 66: a side with one step more in the slow heap must not look half as fast."""
+    slow, fast = [66.0] * 5, [40.0] * 4 + [90.0]
+    times = Times([*slow, *fast, *slow, *fast], [1.0] * 20, builds=4)
+    assert times.percentiles(times.fusedlr)[1] == 53.0 and times.percentiles(times.peer) == (1.0, 1.0, 1.0)
+    assert Times(slow + fast, slow).percentiles(slow + fast)[1] == 66.0
+
+
 def test_peers_compute_what_the_case_asks_for():
     assert peers_of(TINY) == ["torch-fused", "torch-foreach", "torch-fused-grad-scale"]
     assert peers_of(TINY, ["torch-compile", "torch-fused"]) == ["torch-fused", "torch-compile"]
