@@ -22,7 +22,8 @@ GRADIENT_NORMS = (0.5, 4.0, 1.7)
 CHECKED_STEPS = len(GRADIENT_NORMS)
 MINIMUM_ROUNDS = 20
 # How often both sides are built anew on a CPU, each build with its share of the rounds. The physical memory that a side
-# happens to get decides whether a large model's step takes 40 ms or 66 ms (the peer's 55 ms or 76 ms), while it is held.
+# happens to get decides whether a large model's step takes 40 ms or 66 ms (the peer's 55 ms or 76 ms), for as long as
+# it is held.
 BUILDS = 4
 
 # Enough to push everything out of the L2 cache of current GPUs.
