@@ -69,6 +69,16 @@ def captured(optimizer: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def step_or_replay(optimizer: Any, graph: torch.cuda.CUDAGraph | None, captures: bool) -> torch.cuda.CUDAGraph | None:
+    """One step: eager, or a replay once there is a graph, which is captured first where asked. The graph, if any."""
+    graph = captured(optimizer) if captures else graph
+    if graph is None:
+        optimizer.step()
+    else:
+        graph.replay()
+    return graph
+
+
 def test_numbers_in_tensors_move_between_replays() -> None:
     """lr, weight decay and the divisor of the gradients, all read from the device by each replay."""
     numbers = [(0.1, 0.0, 1.0), (0.05, 0.1, 2.0), (0.02, 0.2, 4.0), (0.01, 0.3, 8.0)]
@@ -83,12 +93,7 @@ def test_numbers_in_tensors_move_between_replays() -> None:
             fill(params, i)
             for tensor, value in zip((lr, decay, divisor), values, strict=True):
                 tensor.fill_(value)
-            if replays and i == 1:
-                graph = captured(optimizer)
-            if graph is None:
-                optimizer.step()
-            else:
-                graph.replay()
+            graph = step_or_replay(optimizer, graph, replays and i == 1)
         torch.cuda.synchronize()
         outcomes.append([*everything(optimizer), optimizer.last_grad_norm])
     assert all(map(torch.equal, *outcomes))
@@ -108,12 +113,7 @@ def test_stochastic_rounding_moves_between_replays(cls: Any, precision: fusedlr.
         seen = []
         for i in range(6):
             fill(params, i)
-            if replays and i == 1:
-                graph = captured(optimizer)
-            if graph is None:
-                optimizer.step()
-            else:
-                graph.replay()
+            graph = step_or_replay(optimizer, graph, replays and i == 1)
             torch.cuda.synchronize()
             seen.append([t.clone() for t in everything(optimizer)])
         outcomes.append(seen)

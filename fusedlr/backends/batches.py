@@ -23,7 +23,7 @@ from ..state import Leaf
 from .norms import ROW
 from .stored import Place, place_of, places_of, wide
 
-__all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces", "wide"]
+__all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces"]
 
 # Elements of a clipped piece of a large tensor, and of scratch that is filled before the operator that reads it is
 # called: they stay in the last cache. Shorter pieces cost more in calls and in started streams than they save.

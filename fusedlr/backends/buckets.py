@@ -18,7 +18,7 @@ from ..rule import Rule
 from ..schedules.program import Kind, pack
 from ..state import Leaf
 from . import Knobs
-from .batches import wide
+from .stored import wide
 
 __all__ = ["Bucket", "on", "waves"]
 
