@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .groups import Scheduled
     from .optimizer import FusedOptimizer
 
-__all__ = ["Live", "Metered", "Timed", "carry", "check_lowest", "make_live", "plain", "report", "tick", "window"]
+__all__ = ["Live", "Metered", "Timed", "carry", "check_lowest", "make_live", "plain", "report", "tick", "timed", "window"]
 
 _MARK = "live"
 
@@ -211,13 +211,17 @@ def carry(before: Iterable[Iterable[Scheduled]], after: Iterable[Iterable[Schedu
             s.live = same
 
 
-def tick(schedules: Iterable[Iterable[Scheduled]], t: int) -> None:
-    """Let the clocks of all TimeDecays that are in force at step t run."""
-    for s in (s for scheduled in schedules for s in scheduled if s.live is not None):
-        if isinstance(s.live, Timed):
-            first, last = window(s.rows)
-            if first <= t <= last:
-                s.live.tick()
+def timed(schedules: Iterable[Iterable[Scheduled]]) -> list[tuple[Scheduled, Timed]]:
+    """The scalars that follow a TimeDecay, and its clocks."""
+    return [(s, s.live) for scheduled in schedules for s in scheduled if isinstance(s.live, Timed)]
+
+
+def tick(scalars: Iterable[tuple[Scheduled, Timed]], t: int) -> None:
+    """Let the clocks run of all TimeDecays that are in force at step t."""
+    for scheduled, clock in scalars:
+        first, last = window(scheduled.rows)
+        if first <= t <= last:
+            clock.tick()
 
 
 def plain(state: dict[str, Any]) -> dict[str, float]:

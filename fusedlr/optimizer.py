@@ -96,6 +96,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._leaves: list[Leaf] = []
         self._params: list[Tensor] = []
         self._schedules: list[list[Scheduled]] = []
+        self._timed: list[tuple[Scheduled, live.Timed]] = []
         self._max_norm_schedule: Any = None
         self._rules: list[Rule] = []
         self._plan: Plan | None = None
@@ -261,6 +262,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         before, n = self._schedules, len(groups)
         self._schedules = [scheduled_scalars(group, given[i], i, n) for i, group in enumerate(groups)]
         live.carry(before, self._schedules)
+        self._timed = live.timed(self._schedules)
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -318,9 +320,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             capture.check_captured(self, plan)
         try:
             advance = not checkpoint.is_hidden_step(self, banks)
-            if advance:
-                live.tick(self._schedules, self._t)
-            scalars, driven = self._scalars()
+            if advance and self._timed:
+                live.tick(self._timed, self._t)
+            scalars, driven = self._scalars(self._rules)
             knobs = Knobs(
                 scalars=scalars,
                 maximize=[bool(group["maximize"]) for group in self.param_groups],
@@ -417,9 +419,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             clock[1].fill_(self._skipped_before)
         return self._clocks[device]
 
-    def _scalars(self) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
-        names = [self._rule(group).scalars for group in self.param_groups]
-        return scalars_at(self._t, self.param_groups, names, self._schedules)
+    def _scalars(self, rules: list[Rule] | None = None) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
+        groups = self.param_groups
+        names = [rule.scalars for rule in rules or [self._rule(group) for group in groups]]
+        return scalars_at(self._t, groups, names, self._schedules)
 
     def _clip_numbers(self) -> tuple[float, float, float]:
         if self._clip is None:

@@ -26,7 +26,7 @@ _NAMES = ("auto", "triton", "torch")
 _GPUS = ("cuda", "xpu")
 
 
-@dataclass
+@dataclass(slots=True)
 class Knobs:
     """What varies from step to step.
 

@@ -7,6 +7,7 @@ call treats: everything at once where the gradients can be read where they lie, 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -20,10 +21,10 @@ from ..gather import in_order
 from ..precision import GROUP
 from ..rule import Rule
 from ..state import Leaf
-from .norms import ROW
+from .norms import ROW, rows_of
 from .stored import Place, place_of, places_of, wide
 
-__all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "pieces"]
+__all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "norms_of", "pieces"]
 
 # Elements of a clipped piece of a large tensor, and of scratch that is filled before the operator that reads it is
 # called: they stay in the last cache. Shorter pieces cost more in calls and in started streams than they save.
@@ -32,6 +33,8 @@ CHUNK = ROUND = 1 << 20
 LONGEST = 1 << 18
 # Elements of gathered gradients that are kept from the norm to the update, instead of being gathered again.
 KEPT = 1 << 19
+# Fewer elements than this are put together by a plain loop of copies, more by what is slower for small tensors.
+_PLAIN_CAT = 1 << 15
 
 
 def pieces(x: Tensor, size: int = CHUNK) -> Sequence[Tensor]:
@@ -42,8 +45,8 @@ def pieces(x: Tensor, size: int = CHUNK) -> Sequence[Tensor]:
 class Batch:
     """One leaf, or small neighbours; ``param`` is None where the only leaf has strides that leave gaps."""
 
-    __slots__ = ("_place", "_plain", "_take", "dtype", "extra", "gathered", "leaves", "numel", "ordered", "param",
-                 "positions", "scales", "slots", "spans", "storage")  # fmt: skip
+    __slots__ = ("_cuts", "_place", "_plain", "_take", "_targets", "dtype", "extra", "gathered", "leaves", "norms",
+                 "numel", "ordered", "param", "positions", "rows", "scales", "slots", "spans", "storage", "whole")  # fmt: skip
 
     def __init__(self, positions: list[int], leaves: list[Leaf]) -> None:
         first = leaves[0]
@@ -54,7 +57,9 @@ class Batch:
         self.ordered = False
         # Of gathered gradients: another than the parameters' is not rounded to a narrow one.
         self.dtype = first.dtype if first.grad_dtype == first.dtype else wide(first.dtype)
-        self.gathered: Tensor | None = None  # where the gradients are kept from the norm to the update
+        self.gathered: Tensor | None = None  # where the gradients are kept from the norm to the update ...
+        self.whole = self.rows = torch.empty(0)  # ... the same without what fills up its last row, and as rows
+        self.norms = torch.empty(0)  # where the norms of the rows go
         self._place: Place | None = None
         assert first.bank is not None
         self.storage = first.bank.storage
@@ -68,9 +73,30 @@ class Batch:
         self.slots = tuple(slot[here] for slot in first.bank.slots)
         self.scales = tuple(scale[groups] for scale in first.bank.scales)
         self.extra = None if first.bank.extra is None else first.bank.extra[here]
-        self._take = itemgetter(*positions)
         # Vectors without padding between them are put together by one operator.
         self._plain = all(leaf.param.ndim == 1 for leaf in leaves) and sum(n for _, n in self.spans) == self.numel
+        self._take = itemgetter(*positions)
+        self._cuts = self._cut() if self._plain else []
+
+    def _cut(self) -> list[tuple[Any, int, int]]:
+        """Parts that one operator each puts together: what takes their gradients, where they begin and end."""
+        parts: list[list[int]] = [[]]
+        start = 0
+        for i, (first, n) in enumerate(self.spans):
+            if len(parts[-1]) > 1 and i + 1 < len(self.spans) and first + n - start >= _PLAIN_CAT:
+                parts.append([])
+                start = first
+            parts[-1].append(i)
+        bounds = [(self.spans[part[0]][0], sum(self.spans[part[-1]])) for part in parts]
+        takes = [itemgetter(*(self.positions[i] for i in part)) for part in parts]
+        return [(take, *bound) for take, bound in zip(takes, bounds, strict=True)]
+
+    def keep(self) -> None:
+        """Make the memory where the gradients are kept: whole rows, so that one operator finds the norms of all."""
+        self.gathered = torch.zeros(rows_of(self.numel) * ROW, dtype=self.dtype)
+        self.whole = self.gathered[: self.numel]
+        self.rows = self.gathered.view(-1, ROW)
+        self._targets = self._places_in(self.whole)
 
     def place(self) -> Place:
         """To which tensors the elements belong; kept where there are several, which are small."""
@@ -85,19 +111,29 @@ class Batch:
         g, leaf = grads[self.positions[0]], self.leaves[0]
         return g.as_strided((self.numel,), (1,)) if self.ordered else in_order(g, leaf)
 
-    def gather(self, grads: Sequence[Tensor], out: Tensor) -> Tensor:
-        """The gradients of all leaves in the order of ``param``, zeros between them."""
-        mine = self._take(grads)
-        out = out[: self.numel]
+    def _places_in(self, out: Tensor) -> list[Tensor]:
+        """Where in ``out`` the operators put the gradients."""
         if self._plain:
-            return torch.cat(mine, out=out)
-        if out.data_ptr() != (self.gathered.data_ptr() if self.gathered is not None else 0):
-            out.zero_()  # a scratch of others; the own one has kept its zeros
-        views = [
+            return [out[start:stop] for _, start, stop in self._cuts]
+        return [
             out[start : start + n].as_strided(leaf.shape, leaf.strides)
             for (start, n), leaf in zip(self.spans, self.leaves, strict=True)
         ]
-        torch._foreach_copy_(views, list(mine))
+
+    def gather(self, grads: Sequence[Tensor], scratch: Tensor) -> Tensor:
+        """The gradients of all leaves in the order of ``param``, zeros between them: where they are kept, or here."""
+        if self.gathered is not None:
+            out, targets = self.whole, self._targets
+        else:
+            out = scratch[: self.numel]
+            targets = self._places_in(out)
+            if not self._plain:
+                out.zero_()  # others have used it; where gradients are kept, the zeros between them stay
+        if self._plain:
+            for (take, _, _), target in zip(self._cuts, targets, strict=True):
+                torch.cat(take(grads), out=target)
+        else:
+            torch._foreach_copy_(targets, list(self._take(grads)))
         return out
 
 
@@ -121,7 +157,7 @@ class Round(NamedTuple):
 class Call:
     """Batches of one group, dtype, dtype of the gradients and count of steps."""
 
-    __slots__ = ("_numbers", "_rounds", "_seen", "_taken", "batches", "converts", "group", "has_gaps", "has_operator",
+    __slots__ = ("_bytes", "_numbers", "_rounds", "_seen", "_taken", "batches", "converts", "group", "has_gaps", "has_operator",
                  "leaf", "rule")  # fmt: skip
 
     def __init__(self, rule: Rule, batches: list[Batch]) -> None:
@@ -130,6 +166,7 @@ class Call:
         self.leaf = batches[0].leaves[0]
         self.group = self.leaf.group
         self._numbers = list(_spans([leaf for batch in batches for leaf in batch.leaves]))
+        self._bytes = [memoryview(span).cast("B") for span in self._numbers]
         self._seen: list[bytes] = []  # the numbers as they were when they were last known to be ...
         self._taken: list[float] | None = None  # ... these for all leaves
         self._rounds: dict[bool, list[Round]] = {}
@@ -142,26 +179,25 @@ class Call:
 
     def numbers(self) -> list[float] | None:
         """Steps taken, and what the rule carries, the same for all leaves; None where they have come to differ."""
-        if [span.tobytes() for span in self._numbers] != self._seen:
+        if [span.tobytes() for span in self._bytes] != self._seen:
             self._look()
         return self._taken
 
     def _look(self) -> None:
         first = self._numbers[0][0]
         self._taken = first.tolist() if all((span == first).all() for span in self._numbers) else None
-        self._seen = [span.tobytes() for span in self._numbers]
+        self._seen = [span.tobytes() for span in self._bytes]
 
     def count(self, h: Any) -> None:
         """One step more; the row begins with the new values of what the rule carries."""
-        for span in self._numbers:
-            if span.shape[1] == 1:
-                span += 1.0
-            else:
-                span[:, 0] += 1.0
-                span[:, 1:] = h[: span.shape[1] - 1]
-        # Equal they were, and equal they have become.
-        self._taken = self._numbers[0][0].tolist()
-        self._seen = [span.tobytes() for span in self._numbers]
+        assert self._taken is not None
+        step, *carried = self._taken
+        new = array("f", (step + 1.0, *h[: len(carried)])) if carried else array("f", (step + 1.0,))
+        # Equal they were, and equal they become: as bytes, which takes a tenth of the time of arithmetic on arrays.
+        self._taken = new.tolist()
+        self._seen = [new.tobytes() * len(span) for span in self._numbers]
+        for span, now in zip(self._bytes, self._seen, strict=True):
+            span[:] = now
 
     def rounds(self, clipped: bool, scratch: Tensor) -> list[Round]:
         """The rounds, where every gradient is to be scaled or converted, or where none is."""
@@ -219,11 +255,28 @@ def calls_of(leaves: Sequence[Leaf], rules: Sequence[Rule]) -> list[Call]:
         batch = Batch(run, [leaves[i] for i in run])
         if len(run) > 1 and kept + batch.numel <= KEPT:
             kept += batch.numel
-            # Whole rows, so that one operator finds the norms of all.
-            batch.gathered = torch.zeros(-(-batch.numel // ROW) * ROW, dtype=batch.dtype)
+            batch.keep()
         leaf = batch.leaves[0]
         parts.setdefault((leaf.group, leaf.dtype, leaf.grad_dtype, taken[run[0]]), []).append(batch)
     return [Call(rules[key[0]], batches) for key, batches in sorted(parts.items(), key=lambda item: item[0][0])]
+
+
+def norms_of(batches: Sequence[Batch]) -> list[memoryview]:
+    """Give each batch its part of where the norms of rows go: one stretch of memory for each dtype that they have."""
+    parts: dict[torch.dtype, list[Batch]] = {}
+    for batch in batches:
+        dtype = batch.dtype if len(batch.leaves) > 1 else batch.leaves[0].grad_dtype
+        parts.setdefault(wide(dtype), []).append(batch)
+    views = []
+    for dtype, mine in parts.items():
+        norms = torch.zeros(sum(rows_of(batch.numel) for batch in mine), dtype=dtype)
+        start = 0
+        for batch in mine:
+            stop = start + rows_of(batch.numel)
+            batch.norms = norms[start:stop]
+            start = stop
+        views.append(memoryview(norms.numpy()))
+    return views
 
 
 def _may_join(leaf: Leaf) -> bool:

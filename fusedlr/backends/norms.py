@@ -8,13 +8,14 @@ its largest magnitude first, so that a norm is non-finite only if an element is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ROW", "combine", "euclidean", "piece_sum", "row_norms"]
+__all__ = ["ROW", "combine", "euclidean", "piece_sum", "row_norms", "rows_of"]
 
 # Elements whose squares are accumulated in the gradients' dtype, float32 at least (rounding: 1e-7 of a row's norm).
 ROW = 4096
@@ -46,26 +47,28 @@ def piece_sum(x: Tensor, norm_type: float) -> tuple[float, float]:
     return largest, (torch.dot(ratios, ratios) if norm_type == 2.0 else ratios.pow_(norm_type).sum()).item()
 
 
-def row_norms(x: Tensor, norms: list[Tensor]) -> None:
-    """Append the Euclidean norms of the rows of a flat gradient, all threads at work, and that of what is left."""
-    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else None
-    whole = x.numel() // ROW * ROW
+def rows_of(numel: int) -> int:
+    """The number of rows, the last of which may be shorter."""
+    return -(-numel // ROW)
+
+
+def row_norms(x: Tensor, out: Tensor) -> None:
+    """The Euclidean norms of the rows of a flat gradient, all threads at work, and of what is left at its end."""
+    whole, left = divmod(x.numel(), ROW)
     if whole:
-        rows = (x if whole == x.numel() else x[:whole]).view(-1, ROW)
-        norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
-    if whole < x.numel():
-        norms.append(torch.linalg.vector_norm(x[whole:] if whole else x, dtype=dtype).view(1))
+        rows = (x[: whole * ROW] if left else x).view(-1, ROW)
+        torch.linalg.vector_norm(rows, dim=1, dtype=out.dtype, out=out[:whole] if left else out)
+    if left:
+        torch.linalg.vector_norm(x[whole * ROW :] if whole else x, dtype=out.dtype, out=out[whole])
 
 
-def euclidean(norms: list[Tensor]) -> float | None:
+def euclidean(norms: Sequence[memoryview]) -> float | None:
     """The norm of row norms, or None where it must be found more carefully."""
-    if not norms:
-        return 0.0
     if sum(map(len, norms)) <= _FEW:
-        norm = math.hypot(*chain.from_iterable(x.tolist() for x in norms))
+        norm = math.hypot(*chain.from_iterable(map(memoryview.tolist, norms)))
     else:
-        each = torch.cat(norms) if len(norms) > 1 else norms[0]
-        norm = torch.linalg.vector_norm(each, dtype=torch.float64).item()
+        each = (torch.from_numpy(np.asarray(x)) for x in norms)
+        norm = math.hypot(*(torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in each))
     return norm if _LEAST < norm < math.inf else None
 
 

@@ -20,7 +20,7 @@ from ..rule import Rule
 from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
-from .batches import ROUND, Batch, Call, Round, calls_of, pieces
+from .batches import ROUND, Batch, Call, Round, calls_of, norms_of, pieces
 from .norms import combine, euclidean, piece_sum, row_norms
 from .stored import Arrays, Step, arrays_of, decoded, reference_update, stored_update, trust_terms, wide
 from .units import joined_norm, unit_grid, unit_norms
@@ -59,10 +59,13 @@ class HostExecutor(Executor):
         self._rules: list[Rule] = []
         self._calls: list[Call] = []
         self._batches: list[Batch] = []
+        self._norms: list[memoryview] = []  # of the rows of all batches, by dtype
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._ordered: Sequence[bool] = ()
         self._pairs: list[list[tuple[float, float]]] = []
         self._norm: float | None = None  # the global norm, where it is known without the pairs
+        self._shown: Tensor | None = None  # where it was last shown ...
+        self._shown_number = memoryview(b"")  # ... and its memory, which takes a tenth of a tensor's time to fill
         self._gathered = False  # whether batches hold the gradients of this step
         self._current = _NOTHING  # the batch at work and its gradient
         self._factors: list[float] | None = None
@@ -76,6 +79,7 @@ class HostExecutor(Executor):
     def _make_calls(self) -> None:
         self._calls = calls_of(self.leaves, self._rules)
         self._batches = [batch for call in self._calls for batch in call.batches]
+        self._norms = norms_of(self._batches)
         self._gathered = False
         self._set_order()
 
@@ -97,9 +101,9 @@ class HostExecutor(Executor):
         """The gradients of a batch in the order of its parameters; gathered ones are a scratch and may be written."""
         if len(batch.leaves) == 1:
             return batch.gradient(grads)
-        if batch.gathered is None:
-            return batch.gather(grads, self._scratch_of(batch.dtype) if scratch is None else scratch)
-        return batch.gathered[: batch.numel] if self._gathered else batch.gather(grads, batch.gathered)
+        if batch.gathered is not None and self._gathered:
+            return batch.whole
+        return batch.gather(grads, self._scratch_of(batch.dtype) if scratch is None else scratch)
 
     # ---- measure and decide ------------------------------------------------------------------------------------
 
@@ -130,11 +134,13 @@ class HostExecutor(Executor):
         self._gathered = True
 
     def _euclidean(self, grads: Sequence[Tensor]) -> float | None:
-        norms: list[Tensor] = []
         for batch in self._batches:
             g = self._gradient(batch, grads)
-            row_norms(g if batch.gathered is None else batch.gathered, norms)
-        return euclidean(norms)
+            if batch.gathered is None:
+                row_norms(g, batch.norms)
+            else:
+                torch.linalg.vector_norm(batch.rows, dim=1, dtype=batch.norms.dtype, out=batch.norms)
+        return euclidean(self._norms)
 
     def decide(self, knobs: Knobs) -> bool:
         inverse, self._skip = (1.0, False) if knobs.scale is UNSCALED else knobs.scale.on_host()
@@ -165,8 +171,10 @@ class HostExecutor(Executor):
             norms = [norm] if scope == "global" else [combine(p, knobs.norm_type) * inverse for p in self._pairs]
             self._factors = [knobs.clip.factor(n, max_norm, eps) * inverse for n in norms]
         if knobs.grad_norm is not None:
-            # fill_ refuses what float32 does not have, and a norm of float64 gradients may be beyond it.
-            knobs.grad_norm.copy_(torch.tensor(norm, dtype=torch.float64))
+            if knobs.grad_norm is not self._shown:
+                self._shown, self._shown_number = knobs.grad_norm, memoryview(knobs.grad_norm.numpy())
+            # What float32 does not have becomes inf, where fill_ would refuse it: a norm of float64 gradients.
+            self._shown_number[()] = norm
         self._count(knobs, self._skip)
         return self._skip
 
