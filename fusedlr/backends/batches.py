@@ -45,8 +45,9 @@ def pieces(x: Tensor, size: int = CHUNK) -> Sequence[Tensor]:
 class Batch:
     """One leaf, or small neighbours; ``param`` is None where the only leaf has strides that leave gaps."""
 
-    __slots__ = ("_cuts", "_place", "_plain", "_take", "_targets", "dtype", "extra", "gathered", "leaves", "norms",
-                 "numel", "ordered", "param", "positions", "rows", "scales", "slots", "spans", "storage", "whole")  # fmt: skip
+    __slots__ = ("_others", "_padded", "_place", "_runs", "_take_runs", "_targets", "dtype", "extra", "gathered",
+                 "leaves", "norms", "numel", "ordered", "param", "positions", "rows", "scales", "slots", "spans",
+                 "storage", "whole")  # fmt: skip
 
     def __init__(self, positions: list[int], leaves: list[Leaf]) -> None:
         first = leaves[0]
@@ -73,30 +74,31 @@ class Batch:
         self.slots = tuple(slot[here] for slot in first.bank.slots)
         self.scales = tuple(scale[groups] for scale in first.bank.scales)
         self.extra = None if first.bank.extra is None else first.bank.extra[here]
-        # Vectors without padding between them are put together by one operator.
-        self._plain = all(leaf.param.ndim == 1 for leaf in leaves) and sum(n for _, n in self.spans) == self.numel
-        self._take = itemgetter(*positions)
-        self._cuts = self._cut() if self._plain else []
+        self._padded = sum(n for _, n in self.spans) < self.numel
+        self._runs = self._find_runs()
+        joined = {i for run in self._runs for i in run}
+        self._others = [i for i in range(len(leaves)) if i not in joined]
+        self._take_runs = [itemgetter(*(positions[i] for i in run)) for run in self._runs]
 
-    def _cut(self) -> list[tuple[Any, int, int]]:
-        """Parts that one operator each puts together: what takes their gradients, where they begin and end."""
-        parts: list[list[int]] = [[]]
-        start = 0
-        for i, (first, n) in enumerate(self.spans):
-            if len(parts[-1]) > 1 and i + 1 < len(self.spans) and first + n - start >= _PLAIN_CAT:
-                parts.append([])
-                start = first
-            parts[-1].append(i)
-        bounds = [(self.spans[part[0]][0], sum(self.spans[part[-1]])) for part in parts]
-        takes = [itemgetter(*(self.positions[i] for i in part)) for part in parts]
-        return [(take, *bound) for take, bound in zip(takes, bounds, strict=True)]
+    def _find_runs(self) -> list[list[int]]:
+        """Vectors with no padding between them: their gradients are put together by one operator a run."""
+        runs: list[list[int]] = []
+        for i, (leaf, (start, n)) in enumerate(zip(self.leaves, self.spans, strict=True)):
+            if leaf.param.ndim != 1:
+                continue
+            run = runs[-1] if runs and runs[-1][-1] == i - 1 else []
+            if run and sum(self.spans[run[-1]]) == start and start + n - self.spans[run[0]][0] < _PLAIN_CAT:
+                run.append(i)
+            else:
+                runs.append([i])
+        return [run for run in runs if len(run) > 1]
 
     def keep(self) -> None:
         """Make the memory where the gradients are kept: whole rows, so that one operator finds the norms of all."""
         self.gathered = torch.zeros(rows_of(self.numel) * ROW, dtype=self.dtype)
         self.whole = self.gathered[: self.numel]
         self.rows = self.gathered.view(-1, ROW)
-        self._targets = self._places_in(self.whole)
+        self._targets = self._targets_in(self.whole)
 
     def place(self) -> Place:
         """To which tensors the elements belong; kept where there are several, which are small."""
@@ -111,29 +113,25 @@ class Batch:
         g, leaf = grads[self.positions[0]], self.leaves[0]
         return g.as_strided((self.numel,), (1,)) if self.ordered else in_order(g, leaf)
 
-    def _places_in(self, out: Tensor) -> list[Tensor]:
-        """Where in ``out`` the operators put the gradients."""
-        if self._plain:
-            return [out[start:stop] for _, start, stop in self._cuts]
-        return [
-            out[start : start + n].as_strided(leaf.shape, leaf.strides)
-            for (start, n), leaf in zip(self.spans, self.leaves, strict=True)
-        ]
+    def _targets_in(self, out: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Where in ``out`` the gradients of the runs go, and those of the other leaves."""
+        runs = [out[self.spans[run[0]][0] : sum(self.spans[run[-1]])] for run in self._runs]
+        others = [(self.leaves[i], out[self.spans[i][0] : sum(self.spans[i])]) for i in self._others]
+        return runs, [part.as_strided(leaf.shape, leaf.strides) for leaf, part in others]
 
     def gather(self, grads: Sequence[Tensor], scratch: Tensor) -> Tensor:
         """The gradients of all leaves in the order of ``param``, zeros between them: where they are kept, or here."""
         if self.gathered is not None:
-            out, targets = self.whole, self._targets
+            out, (runs, others) = self.whole, self._targets
         else:
             out = scratch[: self.numel]
-            targets = self._places_in(out)
-            if not self._plain:
+            runs, others = self._targets_in(out)
+            if self._padded:
                 out.zero_()  # others have used it; where gradients are kept, the zeros between them stay
-        if self._plain:
-            for (take, _, _), target in zip(self._cuts, targets, strict=True):
-                torch.cat(take(grads), out=target)
-        else:
-            torch._foreach_copy_(targets, list(self._take(grads)))
+        for take, run in zip(self._take_runs, runs, strict=True):
+            torch.cat(take(grads), out=run)
+        if others:
+            torch._foreach_copy_(others, [grads[self.positions[i]] for i in self._others])
         return out
 
 

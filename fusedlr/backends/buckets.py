@@ -101,12 +101,21 @@ class Bucket:
         self._counts = np.array(counts)
         self._addresses = np.array([leaf.step.data_ptr() for leaf in leaves])  # type: ignore[union-attr]
         self.storage = leaves[0].storage(self.rule)
+        self.choices = {  # the compile-time choices of apply that stay as they are
+            "rule_name": self.rule.name,
+            "hyper_name": self.rule.hyper.__name__,
+            "dtype": self.dtype,
+            "grad_dtype": self.grad_dtype,
+            "state_dtypes": (self.storage.dtype,) * len(self.rule.slots),
+            "storage": (self.storage.state, self.storage.weights, self.rule.unsigned),
+        }
         beside = [_beside(leaf, self.storage) for leaf in leaves]
         self._segments = np.zeros((len(leaves), 3 + len(self.rule.slots) + len(beside[0])), dtype=np.int64)
         for row, leaf, more in zip(self._segments, leaves, beside, strict=True):
             row[0] = leaf.ptr if leaf.flat is not None else 0
             row[2] = leaf.numel
             row[3:] = [*(slot.data_ptr() for slot in leaf.slots), *more]
+        self._pointers = b""  # to the gradients, as last sent
         self._sent_segments = Sent(self.device)
         self._sent_scalars = Sent(self.device)
         self._sent_pointers = Sent(self.device)
@@ -163,8 +172,10 @@ class Bucket:
         self._keep = mine
         pointers = np.fromiter(map(Tensor.data_ptr, mine), np.int64, len(mine))
         if not self._gapped:
-            if np.array_equal(pointers, self._segments[:, 1]):
+            seen = pointers.tobytes()
+            if seen == self._pointers:
                 return self._sent_segments.tensor
+            self._pointers = seen
         else:  # parameters whose strides leave gaps are stepped in dense copies
             gapped = [self.leaves[i] for i in self._gapped]
             self._staged = [(leaf, in_order(leaf.param.detach(), leaf)) for leaf in gapped]
@@ -174,7 +185,7 @@ class Bucket:
 
     def hand_over(self) -> list[Any]:
         """What a graph holds the addresses of; tables that may change are made anew by the next step."""
-        self._segments[:, 1], self._given, self._programs = -1, [], (None, None)
+        self._pointers, self._given, self._programs = b"", [], (None, None)
         sent = (self._sent_segments, self._sent_scalars, self._sent_pointers, self._sent_tracks, self._sent_program)
         tables = [table for each in (*sent, self._sent_table) for table in each.hand_over()]
         return [self.chunks, self.tensors, self.rows, self.skip, self.values, self._norm, self._kept_scalars, *tables]

@@ -55,6 +55,11 @@ class _ClockMirror:
         return int(self._host[0]) + self._since
 
 
+def _clamps(knobs: Knobs) -> bool:
+    """Whether apply bounds each element of the gradients."""
+    return knobs.clip_numbers[2] != float("inf")
+
+
 class TritonExecutor(Executor):
     """Steps tensors in three launches a bucket, four where units have factors, five where there are trust ratios."""
 
@@ -172,6 +177,8 @@ class TritonExecutor(Executor):
 
     def _share(self, spans: Sequence[tuple[int, int]]) -> None:
         """Copy the buckets' partials to all devices: every device decides by itself, from the partials of all."""
+        if len(self._partials) == 1:
+            return
         for bucket, (first, count) in zip(self._buckets, spans, strict=True):
             for device, partials in self._partials.items():
                 if device != bucket.device:
@@ -228,25 +235,12 @@ class TritonExecutor(Executor):
             choices["threshold_name"] = threshold.__name__
         return arguments, choices
 
-    def _apply_choices(self, bucket: Bucket, knobs: Knobs) -> dict[str, Any]:
-        """The compile-time choices of apply for a bucket."""
-        storage = bucket.storage
-        return {
-            "rule_name": bucket.rule.name,
-            "hyper_name": bucket.rule.hyper.__name__,
-            "clamp": knobs.clip_numbers[2] != float("inf"),
-            "dtype": bucket.dtype,
-            "grad_dtype": bucket.grad_dtype,
-            "state_dtypes": (storage.dtype,) * len(bucket.rule.slots),
-            "storage": (storage.state, storage.weights, bucket.rule.unsigned),
-        }
-
     def _step(self, knobs: Knobs) -> None:
         """Measure, decide and apply the only bucket, whose gradients are gathered, in one launch."""
         assert self._barrier is not None
         (bucket,) = self._buckets
         arguments, choices = self._decide_arguments(bucket, knobs)
-        choices |= self._apply_choices(bucket, knobs)
+        choices |= bucket.choices | {"clamp": _clamps(knobs)}
         with bucket.here:
             self._launch.launch_step(
                 self._barrier,
@@ -297,6 +291,7 @@ class TritonExecutor(Executor):
             bucket.refresh()
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
+        clamp = _clamps(knobs)
         for bucket, units in itertools.zip_longest(self._buckets, self._units):
             segments = bucket.segments if knobs.measures else bucket.gather(grads)
             if self._in_one(knobs):
@@ -304,11 +299,10 @@ class TritonExecutor(Executor):
                     self._step(knobs)
             elif bucket.n_chunks:
                 where = (bucket.n_chunks, segments, bucket.chunks, bucket.rows, bucket.skip, bucket.chunk_size)
-                choices = self._apply_choices(bucket, knobs)
                 with bucket.here:
                     if bucket.trust is not None:
                         own = (bucket.trust, bucket.tensors, bucket.first_partial)
-                        self._launch_trust.launch_trust(*where, *own, **choices)
+                        self._launch_trust.launch_trust(*where, *own, clamp=clamp, **bucket.choices)
                     of_units = (units.table, units.factors) if units is not None else ()
-                    self._launch.launch_apply(*where, *of_units, **choices)
+                    self._launch.launch_apply(*where, *of_units, clamp=clamp, **bucket.choices)
             bucket.put_back()
