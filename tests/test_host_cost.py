@@ -82,13 +82,14 @@ def test_a_group_costs_a_few_calls_more() -> None:
 
 
 @pytest.mark.parametrize("moves", [False, True], ids=["same-pointers", "all-pointers-new"])
-@pytest.mark.parametrize(("n", "numel", "limit"), [(150, 512, 8.0), (2000, 64, 3.2)])
+@pytest.mark.parametrize(("n", "numel", "limit"), [(150, 512, 6.0), (2000, 64, 2.9)])
 def test_a_step_takes_little_more_than_to_ask_where_the_gradients_lie(
     n: int, numel: int, limit: float, moves: bool
 ) -> None:
     """The least of many times, as a multiple of another least on the same machine: other work disturbs neither much.
 
-    Asking takes 18 us for 150 tensors and 265 us for 2000 where the step takes 65 and 550.
+    Asking takes 21 us for 150 tensors and 270 us for 2000 where the step takes 73 and 605, and 20 and 40 us more if all
+    pointers are new.
     """
     trained = Trained(n, numel, "triton")
 

@@ -30,9 +30,9 @@ __all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "norms_of", "
 # called: they stay in the last cache. Shorter pieces cost more in calls and in started streams than they save.
 CHUNK = ROUND = 1 << 20
 # Elements of the longest batch of small tensors.
-LONGEST = 1 << 18
+LONGEST = 1 << 19
 # Elements of gathered gradients that are kept from the norm to the update, instead of being gathered again.
-KEPT = 1 << 19
+KEPT = 1 << 20
 # Fewer elements than this are put together by a plain loop of copies, more by what is slower for small tensors.
 _PLAIN_CAT = 1 << 15
 

@@ -162,5 +162,7 @@ class WSD(Schedule):
         kind, start = _DECAYS[self.decay], self.warmup_steps + self.stable_steps
         if kind == Kind.GEO:
             c = math.log(self.min_lr / base_lr)
-            return [*rows, Row(start, math.inf, 0, kind, base_lr, self.min_lr, c, self.decay_steps)]
+            # The last value is a row of its own: the exponential of a logarithm may end a digit above it.
+            last = Row(start + self.decay_steps, math.inf, 0, Kind.CONST, self.min_lr)
+            return [*rows, Row(start, math.inf, 0, kind, base_lr, self.min_lr, c, self.decay_steps), last]
         return [*rows, Row(start, self.decay_steps, 0, kind, base_lr, self.min_lr)]
