@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .groups import Scheduled
     from .optimizer import FusedOptimizer
 
-__all__ = ["Live", "Metered", "Timed", "carry", "check_lowest", "make_live", "plain", "report", "tick", "timed", "window"]
+__all__ = ["Live", "Metered", "Timed", "carry", "check_lowest", "make_live", "plain", "report", "tick", "timed",
+           "window"]  # fmt: skip
 
 _MARK = "live"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["UNSIGNED", "AtenRule", "Rule", "Trust", "averaged", "averaged_square", "decayed", "expm1_log", "minus",
-           "minus_ratio", "sqrt", "where"]  # fmt: skip
+           "minus_ratio", "overwriting", "scaled", "sqrt", "where"]  # fmt: skip
 
 # Slots that hold sums or averages of squares, or largest magnitudes: nothing negative. Eight bits hold them better
 # without a sign; a slot that is not named here is stored with one.
@@ -115,28 +117,58 @@ def decayed(g: Tensor, p: Tensor, weight_decay: Any) -> Tensor:
     return g + weight_decay * p if weight_decay != 0 else g
 
 
+class _Mode(threading.local):
+    overwrites = False
+
+
+_mode = _Mode()
+
+
+@contextlib.contextmanager
+def overwriting() -> Iterator[None]:
+    """Let ``averaged``, ``averaged_square``, ``scaled``, ``minus`` and ``minus_ratio`` write over their first argument.
+
+    A rule gives them what it replaces: a parameter or state that it reads no more, or a result of its own. So it may
+    run where its results belong, which saves the copies: a quarter of the time on a CPU.
+    """
+    _mode.overwrites = True
+    try:
+        yield
+    finally:
+        _mode.overwrites = False
+
+
 def averaged(avg: Tensor, x: Tensor, weight: Any) -> Tensor:
     """``avg + (x-avg)*weight``, in one pass over memory."""
-    return torch.lerp(avg, x, weight.to(avg.dtype) if isinstance(weight, Tensor) else weight)
+    weight = weight.to(avg.dtype) if isinstance(weight, Tensor) else weight
+    return avg.lerp_(x, weight) if _mode.overwrites else torch.lerp(avg, x, weight)
 
 
 def averaged_square(avg: Tensor, g: Tensor, decay: Any, weight: Any) -> Tensor:
     """``avg*decay + g*g*weight``."""
-    scaled: Tensor = avg * decay
     if isinstance(weight, Tensor):
-        return scaled.add_(g * g * weight)
-    return scaled.addcmul_(g, g, value=weight)
+        return scaled(avg, decay).add_(g * g * weight)
+    return scaled(avg, decay).addcmul_(g, g, value=weight)
+
+
+def scaled(x: Tensor, factor: Any) -> Tensor:
+    """``x*factor``, which the caller may write into."""
+    return x.mul_(factor) if _mode.overwrites else x * factor
 
 
 def minus(p: Tensor, update: Tensor, factor: Any) -> Tensor:
     """``p - factor*update``; a factor on the host goes with the operator, without a product of its own."""
-    return p - factor * update if isinstance(factor, Tensor) else torch.sub(p, update, alpha=factor)
+    if isinstance(factor, Tensor):
+        return p - factor * update
+    return p.sub_(update, alpha=factor) if _mode.overwrites else torch.sub(p, update, alpha=factor)
 
 
 def minus_ratio(p: Tensor, numerator: Tensor, denominator: Tensor, factor: Any) -> Tensor:
     """``p - factor*numerator/denominator``."""
     if isinstance(factor, Tensor):
         return p - factor * numerator / denominator
+    if _mode.overwrites:
+        return p.addcdiv_(numerator, denominator, value=-factor)
     return torch.addcdiv(p, numerator, denominator, value=-factor)
 
 

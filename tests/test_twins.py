@@ -1,4 +1,7 @@
-"""Twins: every reference has a kernel function of the same name, with the same arguments in the same order."""
+"""Twins: every reference has a kernel function of the same name, with the same arguments in the same order.
+
+And what every reference must do: leave its arguments alone, but where it may write over them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from fusedlr import optimizers
 from fusedlr import rule as host_rule
 from fusedlr.backends import units as host_units
 from fusedlr.clipping import adaptive as host_adaptive
-from fusedlr.rule import Rule
+from fusedlr.rule import Rule, overwriting
 
 pytest.importorskip("triton")
 device_rules: Any = importlib.import_module("fusedlr.kernels.rules")
@@ -171,3 +174,33 @@ def test_every_optimizer_runs_by_a_known_rule() -> None:
     for name in optimizers.__all__:
         optimizer = getattr(fusedlr, name)([torch.nn.Parameter(torch.ones(2))], lr=0.1, backend="torch")
         assert optimizer._rule(optimizer.param_groups[0]).name in RULES
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_a_rule_gives_the_same_bits_where_its_results_belong(
+    name: str, dtype: torch.dtype, weight_decay: float, seed: int
+) -> None:
+    """Over its parameter and state it must not write before it has read them for the last time."""
+    rule = RULES[name]
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "alpha": 0.98, "rho": 0.9, "eps": 1e-8, "momentum": 0.8}
+    numbers |= {"dampening": 0.1, "nesterov": 1.0, "lr_decay": 0.01, "momentum_decay": 0.004, "trust_coefficient": 0.01}
+    scalars = {s: numbers.get(s, 1.0) for s in rule.scalars} | {"weight_decay": weight_decay}
+    for step in (1.0, 2.0, 40.0):
+        generator = torch.Generator().manual_seed(seed + int(step))
+        tensors = [torch.rand(1003, dtype=dtype, generator=generator) + 0.5 for _ in range(2 + len(rule.slots))]
+        p, g, *slots = tensors
+        g -= 1.0
+        h = rule.row(step, *[0.9] * len(rule.carried), **{s: v for s, v in scalars.items() if s in rule.scalars})
+        h = h._replace(trust=0.7) if rule.trust is not None else h
+        wanted = rule.update(p.clone(), g.clone(), *(slot.clone() for slot in slots), h)
+        before = g.clone()
+        with overwriting():
+            got = rule.update(p, g, *slots, h)
+        assert torch.equal(g, before), "the gradient was written"
+        for new, expected, old in zip(got, wanted, (p, *slots), strict=True):
+            torch.testing.assert_close(new, expected, rtol=0, atol=0, equal_nan=True)  # centred RMSprop may have NaN
+            assert new is old or new.data_ptr() != old.data_ptr()
+    again = rule.update(p.clone(), g, *(slot.clone() for slot in slots), h)
+    assert all(x.data_ptr() != y.data_ptr() for x, y in zip(again, (p, *slots), strict=True)), "outside, it is pure"

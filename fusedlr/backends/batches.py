@@ -155,8 +155,8 @@ class Round(NamedTuple):
 class Call:
     """Batches of one group, dtype, dtype of the gradients and count of steps."""
 
-    __slots__ = ("_bytes", "_numbers", "_rounds", "_seen", "_taken", "batches", "converts", "group", "has_gaps", "has_operator",
-                 "leaf", "rule")  # fmt: skip
+    __slots__ = ("_bytes", "_numbers", "_rounds", "_seen", "_taken", "batches", "converts", "group", "has_gaps",
+                 "has_operator", "leaf", "rule")  # fmt: skip
 
     def __init__(self, rule: Rule, batches: list[Batch]) -> None:
         self.rule = rule
@@ -164,7 +164,7 @@ class Call:
         self.leaf = batches[0].leaves[0]
         self.group = self.leaf.group
         self._numbers = list(_spans([leaf for batch in batches for leaf in batch.leaves]))
-        self._bytes = [memoryview(span).cast("B") for span in self._numbers]
+        self._bytes = [span.data.cast("B") for span in self._numbers]
         self._seen: list[bytes] = []  # the numbers as they were when they were last known to be ...
         self._taken: list[float] | None = None  # ... these for all leaves
         self._rounds: dict[bool, list[Round]] = {}
@@ -273,7 +273,7 @@ def norms_of(batches: Sequence[Batch]) -> list[memoryview]:
             stop = start + rows_of(batch.numel)
             batch.norms = norms[start:stop]
             start = stop
-        views.append(memoryview(norms.numpy()))
+        views.append(norms.numpy().data)
     return views
 
 

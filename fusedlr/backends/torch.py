@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..clipping.adaptive import unit_factor
 from ..gather import in_order
-from ..rule import Rule
+from ..rule import Rule, overwriting
 from ..scaling import UNSCALED
 from ..state import Leaf
 from . import Executor, Knobs
@@ -65,7 +65,7 @@ class HostExecutor(Executor):
         self._pairs: list[list[tuple[float, float]]] = []
         self._norm: float | None = None  # the global norm, where it is known without the pairs
         self._shown: Tensor | None = None  # where it was last shown ...
-        self._shown_number = memoryview(b"")  # ... and its memory, which takes a tenth of a tensor's time to fill
+        self._shown_number: Any = memoryview(b"")  # ... and its memory, which takes a tenth of a tensor's time to fill
         self._gathered = False  # whether batches hold the gradients of this step
         self._current = _NOTHING  # the batch at work and its gradient
         self._factors: list[float] | None = None
@@ -172,7 +172,7 @@ class HostExecutor(Executor):
             self._factors = [knobs.clip.factor(n, max_norm, eps) * inverse for n in norms]
         if knobs.grad_norm is not None:
             if knobs.grad_norm is not self._shown:
-                self._shown, self._shown_number = knobs.grad_norm, memoryview(knobs.grad_norm.numpy())
+                self._shown, self._shown_number = knobs.grad_norm, knobs.grad_norm.numpy().data
             # What float32 does not have becomes inf, where fill_ would refuse it: a norm of float64 gradients.
             self._shown_number[()] = norm
         self._count(knobs, self._skip)
@@ -324,9 +324,11 @@ class HostExecutor(Executor):
                 parts = list(zip(*(pieces(x, RULE_CHUNK) for x in tensor), strict=True))
                 row = _trusted(call.rule, parts, h, factor, limit, maximize)
                 for p, part, *slots in parts:
-                    new = reference_update(call.rule, p, part, slots, row, factor, limit, maximize)
+                    with overwriting():
+                        new = reference_update(call.rule, p, part, slots, row, factor, limit, maximize)
                     for old, value in zip((p, *slots), new, strict=True):
-                        old.copy_(value)
+                        if value is not old:
+                            old.copy_(value)
 
     def _in_a_copy(self, batch: Batch, grads: Sequence[Tensor], step: Step) -> None:
         """Step a parameter whose strides leave gaps: by the reference rule, through a dense copy."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
-from ..rule import Rule, averaged, decayed, expm1_log, minus_ratio
+from ..rule import Rule, averaged, decayed, expm1_log, minus_ratio, scaled
 
 __all__ = ["Adamax"]
 
@@ -34,7 +34,8 @@ def adamax(p: Tensor, g: Tensor, exp_avg: Tensor, exp_inf: Tensor, h: AdamaxHype
     """p - step_size * exp_avg / exp_inf, with exp_inf = max(beta2*exp_inf, |g| + eps)."""
     g = decayed(g, p, h.weight_decay)
     exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
-    exp_inf = torch.maximum(exp_inf * h.beta2, g.abs().add_(h.eps))
+    exp_inf = scaled(exp_inf, h.beta2)
+    exp_inf = torch.maximum(exp_inf, g.abs().add_(h.eps), out=exp_inf)
     return minus_ratio(p, exp_avg, exp_inf, h.step_size), exp_avg, exp_inf
 
 

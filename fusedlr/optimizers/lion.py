@@ -11,7 +11,7 @@ from torch import Tensor
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
-from ..rule import Rule, averaged, minus
+from ..rule import Rule, averaged, minus, scaled
 
 __all__ = ["Lion"]
 
@@ -37,7 +37,7 @@ def lion(p: Tensor, g: Tensor, exp_avg: Tensor, h: LionHyper) -> tuple[Tensor, .
     blend = (exp_avg * h.beta1).add_(g * h.one_minus_beta1)
     # torch.sign makes 0 of a NaN, and the weight would stand still from then on without anybody noticing.
     update = torch.where(blend.isnan(), blend, torch.sign(blend))
-    return minus(p * h.decay, update, h.lr), averaged(exp_avg, g, h.one_minus_beta2)
+    return minus(scaled(p, h.decay), update, h.lr), averaged(exp_avg, g, h.one_minus_beta2)
 
 
 _LION = Rule(lion, lion_row, LionHyper, ("lr", "beta1", "beta2", "weight_decay"), ("exp_avg",))

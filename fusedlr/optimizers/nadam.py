@@ -10,7 +10,7 @@ from torch import Tensor
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
-from ..rule import Rule, averaged, averaged_square, decayed, expm1_log, minus
+from ..rule import Rule, averaged, averaged_square, decayed, expm1_log, minus, minus_ratio, scaled
 
 __all__ = ["NAdam"]
 
@@ -63,7 +63,7 @@ def nadam(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: NAdamHyp
     exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
     denom = (exp_avg_sq / h.bias_correction2).sqrt_().add_(h.eps)
     update = minus(g * h.grad_size, exp_avg, -h.avg_size)
-    return torch.addcdiv(p, update, denom, value=-1), exp_avg, exp_avg_sq
+    return minus_ratio(p, update, denom, 1.0), exp_avg, exp_avg_sq
 
 
 def nadamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: NAdamHyper) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ def nadamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: NAdamHy
     exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
     denom = (exp_avg_sq / h.bias_correction2).sqrt_().add_(h.eps)
     update = minus(g * h.grad_size, exp_avg, -h.avg_size)
-    return (p * h.decay).addcdiv_(update, denom, value=-1), exp_avg, exp_avg_sq
+    return scaled(p, h.decay).addcdiv_(update, denom, value=-1), exp_avg, exp_avg_sq
 
 
 _SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay")

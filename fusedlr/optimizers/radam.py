@@ -10,7 +10,7 @@ from torch import Tensor
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
-from ..rule import Rule, averaged, averaged_square, decayed, expm1_log, minus, minus_ratio, sqrt, where
+from ..rule import Rule, averaged, averaged_square, decayed, expm1_log, minus, minus_ratio, scaled, sqrt, where
 
 __all__ = ["RAdam"]
 
@@ -71,7 +71,7 @@ def radamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: RAdamHy
     """Adam with rectified variance and decoupled weight decay: p shrinks by lr*weight_decay before the update."""
     exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
     exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
-    return _rectified_step(p * h.decay, exp_avg, exp_avg_sq, h), exp_avg, exp_avg_sq
+    return _rectified_step(scaled(p, h.decay), exp_avg, exp_avg_sq, h), exp_avg, exp_avg_sq
 
 
 _SCALARS = ("lr", "beta1", "beta2", "eps", "weight_decay")

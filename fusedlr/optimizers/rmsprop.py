@@ -11,7 +11,7 @@ from torch import Tensor
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
-from ..rule import Rule, averaged, averaged_square, decayed, minus, minus_ratio
+from ..rule import Rule, averaged, averaged_square, decayed, minus, minus_ratio, scaled
 
 __all__ = ["RMSprop"]
 
@@ -47,7 +47,7 @@ def rmsprop_momentum(
     g = decayed(g, p, h.weight_decay)
     square_avg = averaged_square(square_avg, g, h.alpha, h.one_minus_alpha)
     denom = torch.sqrt(square_avg).add_(h.eps)
-    momentum_buffer = torch.addcdiv(momentum_buffer * h.momentum, g, denom)
+    momentum_buffer = scaled(momentum_buffer, h.momentum).addcdiv_(g, denom)
     return minus(p, momentum_buffer, h.lr), square_avg, momentum_buffer
 
 
@@ -70,7 +70,7 @@ def rmsprop_centered_momentum(
     square_avg = averaged_square(square_avg, g, h.alpha, h.one_minus_alpha)
     grad_avg = averaged(grad_avg, g, h.one_minus_alpha)
     denom = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1).sqrt_().add_(h.eps)
-    momentum_buffer = torch.addcdiv(momentum_buffer * h.momentum, g, denom)
+    momentum_buffer = scaled(momentum_buffer, h.momentum).addcdiv_(g, denom)
     return minus(p, momentum_buffer, h.lr), square_avg, momentum_buffer, grad_avg
 
 
