@@ -37,7 +37,8 @@ def lion(p: Tensor, g: Tensor, exp_avg: Tensor, h: LionHyper) -> tuple[Tensor, .
     blend = (exp_avg * h.beta1).add_(g * h.one_minus_beta1)
     # torch.sign makes 0 of a NaN, and the weight would stand still from then on without anybody noticing.
     update = torch.where(blend.isnan(), blend, torch.sign(blend))
-    return minus(scaled(p, h.decay), update, h.lr), averaged(exp_avg, g, h.one_minus_beta2)
+    exp_avg = averaged(exp_avg, g, h.one_minus_beta2)
+    return minus(scaled(p, h.decay), update, h.lr), exp_avg
 
 
 _LION = Rule(lion, lion_row, LionHyper, ("lr", "beta1", "beta2", "weight_decay"), ("exp_avg",))
