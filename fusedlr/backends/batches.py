@@ -190,7 +190,7 @@ class Call:
         """One step more; the row begins with the new values of what the rule carries."""
         assert self._taken is not None
         step, *carried = self._taken
-        new = array("f", (step + 1.0, *h[: len(carried)])) if carried else array("f", (step + 1.0,))
+        new = array("f", (step + 1.0, *(h[: len(carried)] if carried else ())))
         # Equal they were, and equal they become: as bytes, which takes a tenth of the time of arithmetic on arrays.
         self._taken = new.tolist()
         self._seen = [new.tobytes() * len(span) for span in self._numbers]

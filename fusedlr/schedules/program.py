@@ -197,18 +197,10 @@ def value(rows: Sequence[Row], t: int) -> float:
         >>> value([Row(0, 10, 0, Kind.LINEAR, 0.0, 1.0), Row(10, math.inf, 0, Kind.CONST, 1.0)], 4)
         0.4
     """
-    in_force: dict[int, Row] = {}
-    for row in rows:
-        if row.start <= t:
-            in_force[row.factor] = row
     result = 1.0
-    for row in in_force.values():
+    for row in {row.factor: row for row in rows if row.start <= t}.values():
         result *= _row_value(row, t)
     return result
-
-
-# What most schedules consist of, and is therefore looked for first.
-_RAMPS = (Kind.COSINE, Kind.LINEAR, Kind.POLY, Kind.ROOT)
 
 
 def _row_value(row: Row, t: int) -> float:
@@ -218,14 +210,6 @@ def _row_value(row: Row, t: int) -> float:
     n = u + offset
     if kind == Kind.CONST:
         return const(a)
-    if kind in _RAMPS:
-        p = min(n / length, 1.0)
-        q = max((length - n) / length, 0.0)
-        if kind == Kind.COSINE:
-            return cosine(p, q, a, b)
-        if kind == Kind.LINEAR:
-            return linear(p, q, a, b)
-        return poly(q, a, b, p0) if kind == Kind.POLY else root(p, q, a, b)
     if kind == Kind.GEO:
         return geo(u, a, b, p0, p1)
     if kind == Kind.STEP:
@@ -244,7 +228,17 @@ def _row_value(row: Row, t: int) -> float:
         return triangle(u, length, a, b, p0, p1, p2)
     if kind == Kind.LIVE:
         return live(a, b, p2, values)
-    return log_ramp(min(n, length), length, a, b)
+    if kind == Kind.LOG_RAMP:
+        return log_ramp(min(n, length), length, a, b)
+    p = min(n / length, 1.0)
+    q = max((length - n) / length, 0.0)
+    if kind == Kind.LINEAR:
+        return linear(p, q, a, b)
+    if kind == Kind.COSINE:
+        return cosine(p, q, a, b)
+    if kind == Kind.ROOT:
+        return root(p, q, a, b)
+    return poly(q, a, b, p0)
 
 
 def split_rate(rate: float) -> tuple[float, float, float]:
