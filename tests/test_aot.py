@@ -84,7 +84,7 @@ class Compiling:
         table: Table = {}
         self.printed[arch] = ""
         for job in (f"{arch}-{dtypes}" for dtypes in ARCHITECTURES[arch]):
-            status, end = self.folder / f"{job}.status", time.monotonic() + 900
+            status, end = self.folder / f"{job}.status", time.monotonic() + 1800
             while not status.exists():
                 assert time.monotonic() < end, f"{job} is still being compiled"
                 time.sleep(0.2)

@@ -97,9 +97,11 @@ def test_a_step_takes_little_more_than_to_ask_where_the_gradients_lie(
         return [p.grad.data_ptr() for p in trained.params if isinstance(p.grad, Tensor)]
 
     asked, stepped = [], []
-    for i in range(60):
+    for i in range(600):
         if moves:
             trained.gradients(i)
         asked.append(timeit.timeit(ask, number=1))
         stepped.append(timeit.timeit(trained.optimizer.step, number=1))
-    assert min(stepped) < limit * min(asked), (min(stepped), min(asked))
+        if i >= 60 and min(stepped) < limit * min(asked):
+            return  # the more other work there is, the longer it takes to see what a step takes without it
+    raise AssertionError(f"a step took {min(stepped)}, {limit} times {min(asked)} or more")

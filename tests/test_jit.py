@@ -91,7 +91,7 @@ def compiled(cases: list[tuple[str, dict[str, str]]], one_launch: bool) -> tuple
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     report, kernels = json.loads(done.stdout.splitlines()[-1])
