@@ -1,7 +1,8 @@
-"""The command line: what is installed, and pictures of schedules.
+"""The command line: what is installed, pictures of schedules, and how long a step takes here.
 
     python -m fusedlr info
     python -m fusedlr plot 'Warmup(100).then(Cosine(900))' --steps 1000 --out lr.png
+    python -m fusedlr bench
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import fusedlr
 from fusedlr import clipping, schedules
 
 from .backends import choose_backend, interpreting, triton_missing
+from .comparison import MODELS, Model, compare, table
 from .schedules.expression import parse
 
 __all__ = ["main"]
@@ -90,6 +92,23 @@ def plot(expression: str, steps: int | None, out: Path, base_lr: float, log: boo
     pyplot.savefig(out, dpi=150, bbox_inches="tight")
 
 
+def bench(device: str, steps: int, models: tuple[Model, ...]) -> None:
+    """Print how long a step takes beside torch.optim's, a line a model."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    print(f"fusedlr {fusedlr.__version__}, torch {torch.__version__}, {where}, median of {steps} steps")
+    for line in table(compare(models, where, steps)):
+        print(line, flush=True)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; errors in what was typed go to stderr and give exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m fusedlr", description=fusedlr.__doc__)
@@ -103,9 +122,25 @@ def main(argv: list[str] | None = None) -> int:
     drawing.add_argument("--out", type=Path, default=Path("lr.png"), help="the picture; its suffix is the format")
     drawing.add_argument("--base-lr", type=float, default=1.0, help="the base of the schedule")
     drawing.add_argument("--log", action="store_true", help="logarithmic values")
+    timing = commands.add_parser(
+        "bench",
+        help="time a step beside torch.optim's",
+        description="Times AdamW with clipping and a schedule beside torch.optim's, after a check that both agree.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    timing.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where; auto: a GPU if any")
+    timing.add_argument("--steps", type=_positive, default=30, help="timed steps")
+    timing.add_argument("--model", type=_positive, nargs=2, metavar=("TENSORS", "NUMEL"), help="one model, not several")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info())
+        return 0
+    if args.command == "bench":
+        try:
+            bench(args.device, args.steps, (Model(*args.model),) if args.model else MODELS)
+        except RuntimeError as error:
+            print(f"python -m fusedlr bench: {error}", file=sys.stderr)
+            return 1
         return 0
     try:
         plot(args.expression, args.steps, args.out, args.base_lr, args.log)

@@ -105,7 +105,7 @@ class ReplayedClock:
 
     def __init__(self, device: torch.device) -> None:
         # Allocated now: during a capture it could not be.
-        self._host = torch.full((2,), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._host = torch.full((2,), -1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._seen = -1
 
     def record(self, clock: Tensor) -> None:

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .conversion import full_slot, full_weight
-from .groups import GROUP_KEY
+from .groups import GROUP_KEY, as_schedules, read
 from .live import Metered, plain
 from .precision import Precision, check_precision
+from .registration import bind_groups, register
 from .state import Bank, adopt, check_entry, ensure_state, entry_of
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-__all__ = ["check", "full_precision", "is_hidden_step", "own_state", "restore", "revive", "save",
+__all__ = ["begin", "full_precision", "is_hidden_step", "own_state", "restore", "revive", "save",
            "take_own_state"]  # fmt: skip
 
 _CODE_KEYS = ("schedule", "clip", "norm_group")
@@ -46,6 +47,7 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> 
         raise ValueError(f"format must be 'fusedlr' or 'torch', but got {format!r}")
     t, skipped = sync_clock(optimizer)
     statistics = optimizer._records.save()
+    steps = _largest_step(optimizer)
     state = state_dict["state"]
     state_dict["state"] = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in state.items()}
     for group in state_dict["param_groups"]:
@@ -53,6 +55,7 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> 
         group[GROUP_KEY] = {
             "t": t,
             "skipped_steps": skipped,
+            "steps": steps,
             # Once is enough: AutoClip may remember thousands of norms.
             "clip_statistics": statistics if group is state_dict["param_groups"][0] else [],
             "base": dict(marks["base"]),
@@ -71,21 +74,44 @@ def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
     return {"live": {name: plain(state) for name, state in marks["live"].items()}} if "live" in marks else {}
 
 
+def begin(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
+    """Check a checkpoint that is about to be loaded, and remember it as it is: torch hands on what it has cast."""
+    check(optimizer, state_dict)
+    optimizer._loading = state_dict
+
+
 def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Raise a ValueError where a checkpoint cannot be loaded, before anything is changed."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"a state_dict needs the keys 'state' and 'param_groups', but got {sorted(state_dict)}")
+    for i, saved in enumerate(state_dict["param_groups"]):
+        marks = saved.get(GROUP_KEY, {"base": {}, "written": {}})
+        if not isinstance(marks, Mapping) or not all(isinstance(marks.get(k), Mapping) for k in ("base", "written")):
+            raise ValueError(
+                f"param group {i} of the state_dict has {marks!r} under {GROUP_KEY!r}, but a dict with the keys 'base' "
+                "and 'written' was expected, as fusedlr saves it; without that key, the group is read as torch.optim's"
+            )
     optimizer._records.check(_statistics(state_dict))
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         # The saved flags will rule, and with them other state may be needed.
         flags = {key: value for key, value in saved.items() if key not in _CODE_KEYS}
         rule = optimizer._rule({**group, **flags})
+        _check_bases({**group, **flags}, group[GROUP_KEY], optimizer)
         for key, leaf in zip(saved["params"], leaves, strict=False):
             check_precision(optimizer._precision, leaf.dtype, rule)
             if key in state_dict["state"]:
                 check_entry(leaf, state_dict["state"][key], rule)
+
+
+def _check_bases(group: Mapping[str, Any], own: Mapping[str, Any], optimizer: FusedOptimizer) -> None:
+    """Raise a ValueError where a schedule cannot begin with what a loaded group begins with."""
+    schedules = as_schedules(group["schedule"], optimizer._rule(dict(group)).scalars, optimizer._clip)
+    bases = {**own["base"], **group[GROUP_KEY]["base"], "lr": group.get("initial_lr")}
+    for name, schedule in schedules.items():
+        if bases.get(name) is not None:
+            schedule.rows(float(bases[name]))
 
 
 def _statistics(state_dict: Mapping[str, Any]) -> Any:
@@ -96,6 +122,7 @@ def _statistics(state_dict: Mapping[str, Any]) -> Any:
 
 def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
     """After torch's load_state_dict: own keys back, the clock, and the loaded state into the flat buffers."""
+    stepped = _steps_elsewhere(state_dict)
     saved: Mapping[str, Any] = {}
     for group, before in zip(optimizer.param_groups, groups_before, strict=True):
         for key, value in before.items():
@@ -106,19 +133,21 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
         if "t" in marks:
             saved = marks
         group[GROUP_KEY] = {"base": dict(marks["base"]), "written": dict(marks["written"]), **_live(marks)}
-        if marks is before[GROUP_KEY] and "lr" in group[GROUP_KEY]["written"]:
-            # torch's checkpoint: its lr is the last one it used, not somebody's override.
-            group[GROUP_KEY]["written"]["lr"] = float(group["lr"])
+        if marks is before[GROUP_KEY] or stepped:
+            # What torch used last is not somebody's override.
+            written = group[GROUP_KEY]["written"]
+            written.update({name: float(value) for name, value in read(group, *written).items()})
     _uncast(optimizer, state_dict)
     if "seed" in saved:
         use_precision(optimizer, replace(optimizer._precision, seed=int(saved["seed"])))
     _take_in(optimizer)
-    optimizer._t = int(saved["t"]) if "t" in saved else _largest_step(optimizer)
+    optimizer._t = int(saved["t"]) + stepped if "t" in saved else _largest_step(optimizer)
+    optimizer._last_lr = []
     optimizer._skipped_before = int(saved.get("skipped_steps", 0))
     for clock in optimizer._clocks.values():
         clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
     optimizer._records.load(_statistics(state_dict))
-    optimizer._bind_groups()
+    bind_groups(optimizer)
 
 
 def _uncast(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
@@ -142,6 +171,9 @@ def _as_torch(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str
         own = {"master", "param_low", *(f"{name}_scale" for name in rule.slots)}
         for key, _ in zip(saved["params"], leaves, strict=False):
             entry = state_dict["state"].get(key, {})
+            if entry and not rule.start and float(entry["step"]) == 0:
+                del state_dict["state"][key]  # a step that was left out: torch has no state before the first
+                continue
             numbers = {name: full_slot(entry, name) for name in rule.slots if entry.get(name) is not None}
             if entry:
                 kept = {name: value for name, value in entry.items() if name not in own}
@@ -182,7 +214,18 @@ def _take_in(optimizer: FusedOptimizer) -> None:
 
 
 def _largest_step(optimizer: FusedOptimizer) -> int:
-    return max((int(leaf.step.item()) for leaf in optimizer._leaves if leaf.step is not None), default=0)
+    banks = {id(leaf.bank): leaf.bank for leaf in optimizer._leaves if leaf.bank is not None}
+    return max((int(bank.steps.max().item()) for bank in banks.values()), default=0)
+
+
+def _steps_elsewhere(state_dict: Mapping[str, Any]) -> int:
+    """Steps that torch.optim has taken since fusedlr saved the state: torch keeps the keys of others as they were."""
+    saved = [group.get(GROUP_KEY, {}).get("steps") for group in state_dict["param_groups"]]
+    if not saved or saved[0] is None:
+        return 0
+    entries = [entry for entry in state_dict["state"].values() if isinstance(entry, Mapping)]
+    steps = [float(entry["step"]) for entry in entries if entry.get("step") is not None]
+    return max(0, int(max(steps, default=0.0)) - int(saved[0]))
 
 
 def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:
@@ -242,5 +285,5 @@ def revive(optimizer: FusedOptimizer, own: Mapping[str, Any]) -> None:
     optimizer._skipped_before = own["skipped"]
     optimizer._last_lr = own["last_lr"]
     optimizer._records.load(own["statistics"])
-    optimizer._register()
+    register(optimizer)
     _take_in(optimizer)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
-from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["SMALL", "Home", "aligned", "dense_strides", "memory_view", "own_view", "rehome"]
 
@@ -25,8 +24,9 @@ _SMALLEST_PIECE_BYTES = 1 << 20
 # as slow).
 SMALL = 1 << 16
 
-# Where parameters were moved to, by which another optimizer knows that their memory is ours.
-_moved = WeakTensorKeyDictionary()
+# The attribute of a storage, which lives as long as its memory, by which another optimizer knows that this is ours. (A
+# weak reference to the parameter would forbid torch.utils.swap_tensors.)
+_OURS = "_fusedlr_piece"
 
 
 class Home(NamedTuple):
@@ -101,7 +101,7 @@ def can_move(p: Tensor) -> bool:
     if data.storage_offset() != 0 or storage.nbytes() != data.numel() * data.element_size():
         return False
     # Memory that torch cannot resize may belong to somebody else, such as a NumPy array, unless we put it there.
-    if not storage.resizable() and _moved.get(p) != data.data_ptr():
+    if not storage.resizable() and not hasattr(storage, _OURS):
         return False
     # p, `data` and `storage` itself hold the storage; one holder more is a view of it somewhere else.
     return _holders(storage) <= 3
@@ -141,5 +141,5 @@ def _fill(batch: list[Tensor], homes: dict[int, Home]) -> None:
         piece[start : start + p.numel()].copy_(memory_view(data))
         p.data = own_view(piece, start, p.numel(), data.shape, data.stride())
         homes[id(p)] = Home(piece, start)
-        _moved[p] = p.data_ptr()
+        setattr(p.untyped_storage(), _OURS, True)
         start += size

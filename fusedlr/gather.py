@@ -28,7 +28,7 @@ Comparison = Callable[[Sequence[Any]], bool]
 class Plan:
     """The active leaves, and the executors that step them."""
 
-    __slots__ = ("_same", "active", "all_active", "executors", "leaves", "ptrs", "rules")
+    __slots__ = ("_same", "_stays", "active", "all_active", "executors", "leaves", "movable", "ptrs", "rules")
 
     def __init__(
         self, leaves: list[Leaf], rules: list[Rule], active: list[bool], ptrs: list[int], executors: list[Executor]
@@ -40,10 +40,13 @@ class Plan:
         self.ptrs = ptrs
         self.executors = executors
         self._same: Comparison = never
+        # What can be transposed where it lies: nothing else shows that.
+        self.movable = [leaf.param for leaf in leaves if sum(n > 1 for n in leaf.shape) > 1]
+        self._stays: Comparison = never
 
     def same_layout(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether the gradients have the shapes, strides and dtypes that they had when they were last checked."""
-        return self._same(grads)
+        """Whether gradients and parameters have the shapes, strides and dtypes that they had when last checked."""
+        return self._same(grads) and (not self.movable or self._stays(self.movable))
 
     def still_fits(self, grads: list[Tensor]) -> bool:
         """Whether the parameters lie where they did, and the gradients have the dtypes that they had."""
@@ -54,6 +57,7 @@ class Plan:
         """Check the gradients one by one, and tell the executors which lie in their parameter's order."""
         check_gradients(self.leaves, grads)
         self._same = comparison_with(grads)
+        self._stays = comparison_with(self.movable) if self.movable else never
         ordered = [lies_like(g, leaf) for g, leaf in zip(grads, self.leaves, strict=True)]
         for executor in self.executors:
             executor.layout(executor.part(ordered))
@@ -76,7 +80,7 @@ def never(grads: Sequence[Any]) -> bool:
     return False
 
 
-def comparison_with(grads: list[Tensor]) -> Comparison:
+def comparison_with(grads: Sequence[Tensor]) -> Comparison:
     """Whether other tensors have the shapes, strides, dtypes and devices of these; False for what is no tensor.
 
     torch.compile's guards compare thousands of tensors in C++ in the time that Python takes to ask each one question.
@@ -100,13 +104,15 @@ _described = attrgetter("shape", "dtype", "device", "layout")
 
 def _looks(grads: Sequence[Any]) -> Any:
     try:
-        return list(map(_described, grads)), list(map(Tensor.stride, grads))
+        return list(map(_described, grads)), list(map(Tensor.stride, grads)), list(map(Tensor.is_neg, grads))
     except (AttributeError, RuntimeError, TypeError):  # None; a sparse gradient has no strides
         return None
 
 
 def lies_like(g: Tensor, leaf: Leaf) -> bool:
     """Whether the elements of a gradient lie in memory as those of its parameter's state do."""
+    if g.is_neg() or g._is_zerotensor():  # autograd's lazy forms: what lies there is the negative, or nothing at all
+        return False
     if g.stride() == leaf.strides:
         return True
     # The stride of a dimension of size 1 says nothing.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .clipping import Clip
 from .live import check_lowest, make_live
@@ -27,6 +28,7 @@ __all__ = [
     "Scheduled",
     "as_schedules",
     "check_parameters",
+    "moves_momentum",
     "own_tensors",
     "read",
     "scalars_at",
@@ -48,8 +50,21 @@ def read(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
     scalars = {}
     for name in names:
         value = group["betas"][_BETAS[name]] if name in _BETAS else group[name]
-        scalars[name] = float(value) if type(value) is bool else value
+        scalars[name] = value if type(value) is float else _number(name, value)
     return scalars
+
+
+def _number(name: str, value: Any) -> Any:
+    """A scalar that is no float: a tensor as it is, else what converts to a number."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} of a param group must be a number, or a tensor that holds one, but is {value!r} "
+            f"({type(value).__name__}); nothing was changed"
+        ) from None
 
 
 def write(group: dict[str, Any], name: str, value: float) -> None:
@@ -69,6 +84,11 @@ def check_parameters(
 ) -> None:
     """Raise a ValueError for a parameter that cannot be stepped as asked."""
     for p in params:
+        if is_lazy(p):
+            raise ValueError(
+                f"a parameter of a lazy module has no shape yet ({type(p).__name__}), and cannot be laid out; run the "
+                "model once, then build the optimizer"
+            )
         if p.is_complex():
             raise ValueError(
                 f"complex parameters are not supported, but got one of dtype {p.dtype} and shape {tuple(p.shape)}; "
@@ -114,6 +134,13 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
             "use a schedule of the steps"
         )
     return _with_momentum(dict(schedule), names)
+
+
+def moves_momentum(schedule: Any) -> bool:
+    """Whether a group's schedule drives the momentum, by name or along with the lr."""
+    if isinstance(schedule, Mapping):
+        return "momentum" in schedule or moves_momentum(schedule.get("lr"))
+    return isinstance(schedule, Schedule) and schedule.momentum_schedule() is not None
 
 
 def _with_momentum(schedules: dict[str, Schedule], names: tuple[str, ...]) -> dict[str, Schedule]:
@@ -211,13 +238,19 @@ def _differs(current: Any, written: float) -> bool:
     return bool(current != written)
 
 
-def own_tensors(groups: Sequence[dict[str, Any]], schedules: Sequence[Mapping[str, Schedule]]) -> None:
+def own_tensors(
+    groups: Sequence[dict[str, Any]], schedules: Sequence[Mapping[str, Schedule]], defaults: dict[str, Any]
+) -> None:
     """Give each group its own tensor of a scheduled scalar: torch hands one default tensor to all groups."""
     for group, names in zip(groups, schedules, strict=True):
         for name in names:
-            tensor = group.get(name)
-            if isinstance(tensor, Tensor) and any(other.get(name) is tensor for other in groups if other is not group):
+            tensor: Any = group.get(name)
+            if not isinstance(tensor, Tensor):
+                continue
+            if any(other.get(name) is tensor for other in groups if other is not group):
                 group[name] = tensor.clone()
+            elif tensor is defaults.get(name):
+                defaults[name] = tensor.clone()  # what a group added later begins with
 
 
 def scheduled_scalars(

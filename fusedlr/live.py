@@ -169,7 +169,7 @@ class Metered(Live):
         self._behind = self._event is not None or torch.cuda.is_current_stream_capturing()
         if not self._behind:
             with torch.cuda.device(value.device):
-                self._host = torch.empty((), dtype=torch.float64, pin_memory=True)
+                self._host = torch.empty((), dtype=torch.float64, device="cpu", pin_memory=True)
                 self._host.copy_(value, non_blocking=True)
                 self._event = torch.cuda.Event()
                 self._event.record()

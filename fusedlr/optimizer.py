@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,22 +15,12 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
-from . import capture, checkpoint, live, scaling
+from . import capture, checkpoint, live, registration, scaling
 from .backends import Backend, Knobs, check_one_executor, choose_backend, executors_for
 from .clipping import Clip, as_clip
 from .clipping.records import Records
-from .flat import rehome
 from .gather import Plan, check_gradients
-from .groups import (
-    GROUP_KEY,
-    ScheduleArg,
-    Scheduled,
-    as_schedules,
-    check_parameters,
-    own_tensors,
-    scalars_at,
-    scheduled_scalars,
-)
+from .groups import ScheduleArg, Scheduled, scalars_at
 from .precision import Precision, as_precision
 from .rule import Rule
 from .state import Bank, Leaf, Mark, adopt_replaced, ensure_state, watched
@@ -88,13 +77,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._reset()
         defaults = {**self._validated(defaults), "schedule": schedule, "clip": self._clip, "norm_group": None}
         super().__init__(params, defaults)
-        self._register()
+        registration.register(self)
 
     def _reset(self) -> None:
         """The attributes of an optimizer that has taken no step."""
         self._t = 0
         self._leaves: list[Leaf] = []
         self._params: list[Tensor] = []
+        self._sizes: list[int] = []  # of the groups that are registered, ...
+        self._bound: list[dict[str, Any]] = []  # ... which are these, ...
+        self._given: list[Any] = []  # ... with these schedules
         self._schedules: list[list[Scheduled]] = []
         self._timed: list[tuple[Scheduled, live.Timed]] = []
         self._max_norm_schedule: Any = None
@@ -108,6 +100,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._records = Records(self._clip)
         self._may_skip = self._nonfinite == "skip"
         self._last_lr: list[Any] = []
+        self._loading: Mapping[str, Any] | None = None  # the checkpoint that is being loaded
         self._captured: list[Any] = []  # what graphs of captured steps hold the addresses of
         self._replayed: capture.ReplayedClock | None = None
 
@@ -136,7 +129,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def last_lr(self) -> list[float]:
         """The lr of the last step, one float a param group, from the host's own evaluation (no wait for a device)."""
         capture.follow(self)
-        return [float(lr) for lr in self._last_lr or (group["lr"] for group in self.param_groups)]
+        added = self.param_groups[len(self._last_lr) :]  # since the last step, or since the start
+        return [float(lr) for lr in (*self._last_lr, *(group["lr"] for group in added))]
 
     @property
     def last_grad_norm(self) -> Tensor | None:
@@ -147,7 +141,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._clip is None or self._clip.scope is None:
             return None
         if self._grad_norm is None:
-            self._grad_norm = torch.full((), float("nan"), device=self._device())
+            self._grad_norm = torch.full((), float("nan"), dtype=torch.float32, device=self._device())
         return self._grad_norm
 
     @property
@@ -201,68 +195,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: for a hyper-parameter outside its range, a complex parameter, or a ``clip`` of its own.
         """
         if isinstance(param_group, dict):
-            self._check_group(param_group)
+            registration.check_group(self, param_group)
         before = len(self.param_groups)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            self._prepare_group(group)
+            registration.prepare_group(self, self.param_groups[-1])
+            if self._leaves:
+                registration.register(self)
         except BaseException:
             del self.param_groups[before:]
             raise
-        if self._leaves:
-            self._register()
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        clip = as_clip(group.get("clip", self._clip))
-        if clip != self._clip:
-            raise ValueError(
-                f"a param group has clip={clip!r}, but the optimizer has clip={self._clip!r}: clipping is one for the "
-                "optimizer; pass clip to the constructor only"
-            )
-        if group.get("norm_group") is not None:
-            raise ValueError(f"norm_group must be None in this version of fusedlr, but got {group['norm_group']!r}")
-        if group.get("differentiable"):
-            raise ValueError("differentiable=True is not possible here; use the optimizer of torch.optim")
-        given = {k: v for k, v in {**self.defaults, **group}.items() if k in self.defaults}
-        self._validated(given)
-
-    def _prepare_group(self, group: dict[str, Any]) -> None:
-        rule = self._rule(group)
-        check_parameters(group["params"], rule, self._precision, self._clip, type(self).__name__)
-        group["clip"] = self._clip
-        marks = group.setdefault(GROUP_KEY, {})
-        marks.setdefault("base", {})
-        marks.setdefault("written", {})
-        schedules = as_schedules(group["schedule"], rule.scalars, self._clip)
-        scheduled_scalars(group, schedules, len(self.param_groups) - 1)
-
-    def _register(self) -> None:
-        """Take note of all parameters; move into flat buffers those that are new and can be moved."""
-        known = {id(leaf.param): leaf for leaf in self._leaves}
-        params = [p for group in self.param_groups for p in group["params"]]
-        homes = rehome(p for p in params if id(p) not in known) if self._flatten else {}
-        leaves: list[Leaf] = []
-        for g, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                leaf = known.get(id(p)) or Leaf(p, 0, g, homes.get(id(p)), self._precision)
-                leaf.index, leaf.group = len(leaves), g
-                leaves.append(leaf)
-        self._leaves = leaves
-        self._params = params
-        self._plan = None
-        self._bind_groups()
-
-    def _bind_groups(self) -> None:
-        """Bind the schedules to the group dicts, which loading a checkpoint replaces."""
-        groups = self.param_groups
-        given = [as_schedules(group["schedule"], self._rule(group).scalars, self._clip) for group in groups]
-        self._max_norm_schedule = next((s["max_norm"] for s in given if "max_norm" in s), None)
-        own_tensors(groups, given)
-        before, n = self._schedules, len(groups)
-        self._schedules = [scheduled_scalars(group, given[i], i, n) for i, group in enumerate(groups)]
-        live.carry(before, self._schedules)
-        self._timed = live.timed(self._schedules)
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
@@ -285,7 +227,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             or _global_post_hooks
             or torch._C._autograd._profiler_enabled()
         ):
-            return _hooked_step(self, closure)
+            return _hooked_step(self) if closure is None else _hooked_step(self, closure)
         return self._step(closure)
 
     # torch.optim would wrap every step in what hooks and profilers need: 13 us, of the 60 that a small model takes.
@@ -340,7 +282,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 records=self._records,
             )
             skipped = plan.run(grads, knobs)
-        except (FloatingPointError, TypeError, ValueError, capture.CaptureError):  # before anything was written
+        except (ArithmeticError, LookupError, TypeError, ValueError, capture.CaptureError):
+            # Nothing was written yet.
             for bank in banks:
                 bank.move_out(self.state)
             self._plan = None
@@ -355,12 +298,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _gather(self) -> tuple[Plan, list[Tensor], list[Bank]]:
         """The active parameters, their gradients, and state for all of them; everything that can fail fails here."""
-        groups = self.param_groups
-        lists = [group["params"] for group in groups]
-        if sum(map(len, lists)) != len(self._params) or not all(map(is_, chain.from_iterable(lists), self._params)):
-            self._register()
+        if not registration.is_current(self):
+            registration.register(self)
         params = self._params
-        rules = [self._rule(group) for group in groups]
+        rules = [self._rule(group) for group in self.param_groups]
         grads: list[Any] = list(map(_grad, params))
         ptrs = list(map(Tensor.data_ptr, params))
         plan = self._plan
@@ -435,7 +376,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _show(self, scalars: list[dict[str, Any]], driven: list[tuple[Scheduled, float]]) -> None:
         for scheduled, value in driven:
             scheduled.show(value)
-        self._last_lr = [values["lr"] for values in scalars]
+        lrs = (values["lr"] for values in scalars)
+        # A tensor may be filled before somebody asks. That of a GPU is kept: to read it would be to wait.
+        self._last_lr = [float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr for lr in lrs]
 
     # ---- state that others touch -------------------------------------------------------------------------------
 
@@ -453,7 +396,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             format: "fusedlr", every array as it is stored; or "torch", what torch.optim can load: 8-bit state decoded
                 to float32, scales and further bits of the weights left out.
         """
-        return checkpoint.save(self, super().state_dict(), format)
+        # Before the hooks of others, which may return whatever they like.
+        hook = self.register_state_dict_post_hook(lambda _, saved: checkpoint.save(self, saved, format), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def full_precision_parameters(self) -> dict[Tensor, Tensor]:
@@ -474,19 +422,28 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a checkpoint of other parameters; nothing has changed then.
         """
-        checkpoint.check(self, state_dict)
-        groups = self.param_groups
-        super().load_state_dict(state_dict)
-        checkpoint.restore(self, groups, state_dict)
+        # After the hooks of others, which may hand on another state_dict; torch then calls __setstate__, and their
+        # hooks that follow find everything loaded.
+        hook = self.register_load_state_dict_pre_hook(checkpoint.begin)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **checkpoint.own_state(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = checkpoint.take_own_state(state)
-        super().__setstate__(state)
         if own is not None:
+            super().__setstate__(state)
             checkpoint.revive(self, own)
+        else:
+            groups, loading = self.param_groups, self._loading
+            super().__setstate__(state)
+            if loading is not None:
+                checkpoint.restore(self, groups, loading)
 
 
 # The step as torch.optim wraps it, for whoever has registered hooks or records a profile.

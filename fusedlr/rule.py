@@ -102,7 +102,9 @@ def expm1_log(count: Any, base: Any) -> Any:
     beta 0.999 at the first step.
     """
     if isinstance(count, Tensor) or isinstance(base, Tensor):
-        return torch.expm1(count * torch.log(torch.as_tensor(base, dtype=torch.float64)))
+        # A number becomes a tensor on the CPU, wherever the count is: a copy to a GPU would wait for it.
+        base = base.double() if isinstance(base, Tensor) else torch.tensor(base, dtype=torch.float64, device="cpu")
+        return torch.expm1(count * torch.log(base))
     return math.expm1(count * math.log(base)) if base > 0 else -1.0
 
 
@@ -139,15 +141,15 @@ def overwriting() -> Iterator[None]:
 
 
 def averaged(avg: Tensor, x: Tensor, weight: Any) -> Tensor:
-    """``avg + (x-avg)*weight``, in one pass over memory."""
+    """``avg + (x-avg)*weight``, counted from ``x`` where the weight is half or more, in one pass over memory."""
     weight = weight.to(avg.dtype) if isinstance(weight, Tensor) else weight
     return avg.lerp_(x, weight) if _mode.overwrites else torch.lerp(avg, x, weight)
 
 
 def averaged_square(avg: Tensor, g: Tensor, decay: Any, weight: Any) -> Tensor:
-    """``avg*decay + g*g*weight``."""
+    """``avg*decay + weight*g*g``, from left to right: g*g may leave the range where the whole does not."""
     if isinstance(weight, Tensor):
-        return scaled(avg, decay).add_(g * g * weight)
+        return scaled(avg, decay).add_(weight * g * g)
     return scaled(avg, decay).addcmul_(g, g, value=weight)
 
 

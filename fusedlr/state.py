@@ -230,6 +230,11 @@ class _WatchedState(defaultdict[Tensor, Any]):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return defaultdict, (dict, dict(self))
 
+    def copy(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        return defaultdict(dict, self)
+
+    __copy__ = copy  # type: ignore[assignment]
+
 
 def _marking(cls: type[Any], name: str) -> None:
     method = getattr(cls, name)

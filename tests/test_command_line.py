@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_cases import CASES
 from test_schedules import ending, endless
 
 import fusedlr
-from fusedlr import schedules
+from fusedlr import comparison, schedules
 from fusedlr.__main__ import main
 from fusedlr.schedules import Schedule
 from fusedlr.schedules.expression import parse
@@ -163,6 +165,9 @@ def test_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["plot", "Cosine(9)", "--out", "no/such/folder/lr.png"], "no/such/folder"),
         (["plot", "Cosine(9)", "--out", "lr.xyz"], "xyz"),
         (["plot"], "expression"),
+        (["bench", "--steps", "0"], "expected at least 1, got 0"),
+        (["bench", "--model", "3"], "expected 2 arguments"),
+        (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["paint"], "invalid choice: 'paint'"),
         ([], "command"),
     ],
@@ -190,6 +195,34 @@ def test_bad_arguments_exit_with_2(
     assert message in captured.err
     assert captured.out == ""
     assert not any(tmp_path.iterdir())
+
+
+def test_bench_times_all_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cpu", "--steps", "2", "--model", "5", "70000"]) == 0
+    head, columns, row = capsys.readouterr().out.splitlines()
+    assert "cpu, median of 2 steps" in head
+    assert columns.split("  ")[0] == "AdamW, clipped, scheduled"
+    name, numbers = row[:28].strip(), row[28:].replace("x", "").split()
+    assert name == "5 tensors of 70000"
+    ours, fused, fused_ratio, foreach, foreach_ratio = map(float, numbers)
+    assert fused_ratio == pytest.approx(fused / ours, rel=0.02)
+    assert foreach_ratio == pytest.approx(foreach / ours, rel=0.02)
+
+
+def test_bench_says_where_the_sides_disagree(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "_MAX_NORM", 10.0)  # read when a side is built, by torch's sides when they step
+    original = comparison._fusedlr
+
+    def unclipped(params: list[torch.nn.Parameter]) -> Callable[[], None]:
+        step = original(params)
+        monkeypatch.setattr(comparison, "_MAX_NORM", 1e-9)
+        return step
+
+    monkeypatch.setitem(comparison._SIDES, "fusedlr", unclipped)
+    assert main(["bench", "--device", "cpu", "--steps", "1", "--model", "2", "9"]) == 1
+    assert "2 tensors of 9: after 3 steps, fusedlr and torch fused are" in capsys.readouterr().err
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ __all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "norms_of", "
 # Elements of a clipped piece of a large tensor, and of scratch that is filled before the operator that reads it is
 # called: they stay in the last cache. Shorter pieces cost more in calls and in started streams than they save.
 CHUNK = ROUND = 1 << 20
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of the longest batch of small tensors.
 LONGEST = 1 << 19
 # Elements of gathered gradients that are kept from the norm to the update, instead of being gathered again.
@@ -95,10 +96,15 @@ class Batch:
 
     def keep(self) -> None:
         """Make the memory where the gradients are kept: whole rows, so that one operator finds the norms of all."""
-        self.gathered = torch.zeros(rows_of(self.numel) * ROW, dtype=self.dtype)
+        self.gathered = torch.zeros(rows_of(self.numel) * ROW, dtype=self.dtype, device="cpu")
         self.whole = self.gathered[: self.numel]
         self.rows = self.gathered.view(-1, ROW)
         self._targets = self._targets_in(self.whole)
+
+    def clear(self) -> None:
+        """Zeros between the gradients again, where a factor that is not finite has made them NaN."""
+        if self.gathered is not None:
+            self.gathered.zero_()
 
     def place(self) -> Place:
         """To which tensors the elements belong; kept where there are several, which are small."""
@@ -267,7 +273,7 @@ def norms_of(batches: Sequence[Batch]) -> list[memoryview]:
         parts.setdefault(wide(dtype), []).append(batch)
     views = []
     for dtype, mine in parts.items():
-        norms = torch.zeros(sum(rows_of(batch.numel) for batch in mine), dtype=dtype)
+        norms = torch.zeros(sum(rows_of(batch.numel) for batch in mine), dtype=dtype, device="cpu")
         start = 0
         for batch in mine:
             stop = start + rows_of(batch.numel)
@@ -278,7 +284,8 @@ def norms_of(batches: Sequence[Batch]) -> list[memoryview]:
 
 
 def _may_join(leaf: Leaf) -> bool:
-    return leaf.home is not None and leaf.numel <= SMALL
+    # Gathered, a float64 gradient would be in its parameter's range before its norm is known.
+    return leaf.home is not None and leaf.numel <= SMALL and leaf.grad_dtype in (leaf.dtype, *_NARROW)
 
 
 def _continues(first: Leaf, last: Leaf, leaf: Leaf) -> bool:

@@ -131,7 +131,7 @@ class Bucket:
         self.trust = launch_trust.trust_partials(self.n_chunks, self.dtype, self.device) if has_trust else None
         self.values = torch.empty(0, dtype=torch.float64, device=self.device)
         self.tensors = torch.empty(0)
-        self._norm = torch.empty((), device=self.device)
+        self._norm = torch.empty((), dtype=torch.float32, device=self.device)
         self._keep: Sequence[Tensor] = ()
         self._kept_scalars: list[Tensor] = []
         self._staged: list[tuple[Leaf, Tensor]] = []
@@ -200,6 +200,11 @@ class Bucket:
         if knobs.grad_norm is not None and knobs.grad_norm.device == self.device:
             return knobs.grad_norm
         return self._norm
+
+    def take_again(self) -> None:
+        """Bring the dense copies up to date: tensors that share their memory may have been updated since."""
+        for leaf, copy in self._staged:
+            copy.as_strided(leaf.shape, leaf.strides).copy_(leaf.param)
 
     def put_back(self) -> None:
         """Write the dense copies back."""

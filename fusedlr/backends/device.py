@@ -166,9 +166,11 @@ def _norm(x: Tensor, norm_type: float) -> Tensor:
     narrow = x.dtype != torch.float64
     x = x.double().flatten()
     if norm_type == 2.0 and narrow:
-        return torch.as_tensor(x.norm(2.0))
+        norm: Tensor = torch.linalg.vector_norm(x)
+        return norm
     largest = x.abs().max()
     if norm_type == math.inf:
         return largest
     usable = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-    return usable * torch.as_tensor((x / usable).norm(norm_type))
+    scaled: Tensor = torch.linalg.vector_norm(x / usable, norm_type)
+    return usable * scaled

@@ -120,12 +120,12 @@ def place_of(leaf: Leaf) -> Place:
 
 def places_of(leaves: Sequence[Leaf], spans: Sequence[tuple[int, int]], numel: int) -> Place:
     """The places of leaves that lie side by side on the CPU, each at its (start, numel)."""
-    key = torch.zeros(numel, dtype=torch.int32)
-    numbers = torch.zeros(numel, dtype=torch.int64)
-    inside = torch.zeros(numel, dtype=torch.bool)
+    key = torch.zeros(numel, dtype=torch.int32, device="cpu")
+    numbers = torch.zeros(numel, dtype=torch.int64, device="cpu")
+    inside = torch.zeros(numel, dtype=torch.bool, device="cpu")
     for leaf, (start, n) in zip(leaves, spans, strict=True):
         key[start : start + n] = leaf.key
-        numbers[start : start + n] = torch.arange(n)
+        numbers[start : start + n] = torch.arange(n, device="cpu")
         inside[start : start + n] = True
     return Place(key, 0, numbers, inside)
 

@@ -30,8 +30,9 @@ __all__ = ["HostExecutor"]
 # Elements that a reference rule treats at once: its temporaries stay in the last cache. Shorter pieces cost more in
 # operators than they save (2**16 takes 1.4 to 1.6 times as long on two threads), longer ones leave the cache.
 RULE_CHUNK = 1 << 18
-# Clip factors below are multiplied into the gradients, not folded: weight_decay divided by them could overflow.
-_LEAST_FOLDED = 1e-12
+# Clip factors below are multiplied into the gradients, not folded: a share of the gradient that is given as 1 less a
+# dampening keeps 1e-16/factor of it, and weight_decay divided by them could overflow.
+_LEAST_FOLDED = 1e-7
 
 
 _NOTHING: tuple[Batch | None, Tensor] = (None, torch.empty(0))
@@ -94,7 +95,7 @@ class HostExecutor(Executor):
     def _scratch_of(self, dtype: torch.dtype) -> Tensor:
         scratch = self._scratch.get(dtype)
         if scratch is None:
-            scratch = self._scratch[dtype] = torch.empty(ROUND, dtype=dtype)
+            scratch = self._scratch[dtype] = torch.empty(ROUND, dtype=dtype, device="cpu")
         return scratch
 
     def _gradient(self, batch: Batch, grads: Sequence[Tensor], scratch: Tensor | None = None) -> Tensor:
@@ -191,10 +192,9 @@ class HostExecutor(Executor):
     def _count(self, knobs: Knobs, skipped: bool) -> None:
         if knobs.may_skip:
             clock = knobs.clock(self.leaves[0].device)
-            if skipped:
-                clock[1] += 1
-            else:
-                clock[0] = knobs.t + knobs.advance
+            # Both, whatever happened: steps before, which could not be skipped, have not moved it.
+            clock[0] = knobs.t + (0 if skipped else knobs.advance)
+            clock[1] += skipped
 
     # ---- apply -------------------------------------------------------------------------------------------------
 
@@ -206,17 +206,23 @@ class HostExecutor(Executor):
         if None in numbers:  # somebody has set those of some tensors
             self._make_calls()
             numbers = [call.numbers() for call in self._calls]
+        work = []
         for call, taken in zip(self._calls, numbers, strict=True):
             assert taken is not None
             scalars = {name: float(value) for name, value in knobs.scalars[call.group].items()}
             h = None
             if not call.has_operator or call.has_gaps:
                 h = call.rule.row(taken[0] + 1.0, *taken[1:], **scalars)
+            work.append((call, taken[0] + 1.0, scalars, h))
+        for call, step, scalars, h in work:  # what no rule can take has raised its error
             call.count(h)
             if call.has_operator:
-                self._by_operator(call, taken[0] + 1.0, grads, scalars, knobs)
+                self._by_operator(call, step, grads, scalars, knobs)
             if h is not None:
                 self._by_rule(call, grads, h, knobs)
+        if self._factors is not None and len(self._factors) == 1 and not math.isfinite(self._factors[0]):
+            for batch in self._batches:
+                batch.clear()
         self._gathered = False
         self._current = _NOTHING
 
@@ -256,7 +262,7 @@ class HostExecutor(Executor):
         folded = None
         if call.rule.fold is not None and limit == math.inf and self._factors is not None and len(self._factors) == 1:
             (factor,) = self._factors
-            if _LEAST_FOLDED < factor < math.inf and factor != 1.0:
+            if _LEAST_FOLDED < factor < math.inf and factor != 1.0 and call.leaf.dtype == torch.float32:
                 folded = call.rule.fold(step, factor, scalars)
         if folded is not None:
             for treated in call.rounds(call.converts, self._scratch_of(call.leaf.dtype)):
@@ -288,10 +294,10 @@ class HostExecutor(Executor):
             g = whole if stop - start == batch.numel else whole[start:stop]
             factor = self._factor(batch) if not folded and (alone or len(self._factors or ()) == 1) else 1.0
             out = scratch if alone else g
-            if alone and call.converts:
+            if alone and call.converts and (factor == 1.0 or g.dtype != torch.float64):
                 assert scratch is not None
                 g = scratch.copy_(g)
-            if factor != 1.0:
+            if factor != 1.0:  # float64 becomes narrow afterwards: it may need the factor to fit
                 g = torch.mul(g, factor, out=out)
             if limit != math.inf:
                 g = torch.clamp(g, -limit, limit, out=out)

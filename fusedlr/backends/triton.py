@@ -40,7 +40,7 @@ class _ClockMirror:
         if self._event is not None:
             self._since += 1
         elif not torch.cuda.is_current_stream_capturing():
-            self._host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self._host = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=True)
             self._host.copy_(clock, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -300,6 +300,8 @@ class TritonExecutor(Executor):
             elif bucket.n_chunks:
                 where = (bucket.n_chunks, segments, bucket.chunks, bucket.rows, bucket.skip, bucket.chunk_size)
                 with bucket.here:
+                    if knobs.measures:
+                        bucket.take_again()
                     if bucket.trust is not None:
                         own = (bucket.trust, bucket.tensors, bucket.first_partial)
                         self._launch_trust.launch_trust(*where, *own, clamp=clamp, **bucket.choices)

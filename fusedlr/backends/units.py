@@ -26,11 +26,13 @@ def unit_norms(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """The norm of each unit in float64; ``x`` is one dimension in the order of memory."""
     elements = x.view(grid)
     if x.numel() == 0 or x.dtype != torch.float64:
-        return torch.as_tensor(torch.linalg.vector_norm(elements, dim=(0, 2), dtype=torch.float64))
+        norms: Tensor = torch.linalg.vector_norm(elements, dim=(0, 2), dtype=torch.float64)
+        return norms
     # Squares of float64 may leave its range.
     top = elements.abs().amax(dim=(0, 2))
     divisor = torch.where((top > 0) & torch.isfinite(top), top, 1.0)
-    return divisor * torch.as_tensor(torch.linalg.vector_norm(elements / divisor.view(1, -1, 1), dim=(0, 2)))
+    norms = torch.linalg.vector_norm(elements / divisor.view(1, -1, 1), dim=(0, 2))
+    return divisor * norms
 
 
 class UnitTables:

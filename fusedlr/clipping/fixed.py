@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, final
 
 import torch
@@ -220,9 +221,9 @@ def as_clip(clip: Clip | float | None) -> Clip | None:
     """The strategy meant by the argument ``clip``: a number M stands for ``GlobalNorm(M)``."""
     if clip is None or isinstance(clip, Clip):
         return clip
-    if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+    if isinstance(clip, bool) or not isinstance(clip, Real):  # NumPy's numbers among them
         raise TypeError(
             f"clip must be a strategy of fusedlr.clipping, a number > 0 or None, but got {clip!r} "
             f"({type(clip).__name__}); pass for example clip=fusedlr.clipping.GlobalNorm(1.0)"
         )
-    return GlobalNorm(positive("clip", clip, allow_inf=True))
+    return GlobalNorm(positive("clip", float(clip), allow_inf=True))

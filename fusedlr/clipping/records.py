@@ -81,5 +81,5 @@ class Records:
 
 def _sent(numbers: Sequence[float], device: torch.device) -> Tensor:
     """Numbers on a device, without a wait: from memory that torch keeps until the copy has passed."""
-    host = torch.tensor(numbers, dtype=torch.float64)
+    host = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
-from ..rule import AtenRule, Rule, decayed, expm1_log, sqrt
+from ..rule import AtenRule, Rule, averaged, averaged_square, decayed, expm1_log, sqrt
 
 __all__ = ["Adam", "AdamW"]
 
@@ -46,8 +46,8 @@ def adam_row(step: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay:
 def adam(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, ...]:
     """Adam with the L2 penalty weight_decay*p added to the gradient."""
     g = decayed(g, p, h.weight_decay)
-    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
-    exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
+    exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
+    exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
     denom = torch.sqrt(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
     return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq
 
@@ -57,8 +57,8 @@ def adam_amsgrad(
 ) -> tuple[Tensor, ...]:
     """Adam with the L2 penalty, divided by the root of the largest second moment so far."""
     g = decayed(g, p, h.weight_decay)
-    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
-    exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
+    exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
+    exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
     max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     denom = torch.sqrt(max_exp_avg_sq) / h.bias_correction2_sqrt + h.eps
     return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
@@ -67,8 +67,8 @@ def adam_amsgrad(
 def adamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, ...]:
     """Adam with decoupled weight decay: p shrinks by lr*weight_decay before the update."""
     p = p * h.decay
-    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
-    exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
+    exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
+    exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
     denom = torch.sqrt(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
     return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq
 
@@ -78,8 +78,8 @@ def adamw_amsgrad(
 ) -> tuple[Tensor, ...]:
     """Adam with decoupled weight decay, divided by the root of the largest second moment so far."""
     p = p * h.decay
-    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
-    exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
+    exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
+    exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
     max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     denom = torch.sqrt(max_exp_avg_sq) / h.bias_correction2_sqrt + h.eps
     return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
@@ -382,4 +382,10 @@ class AdamW(FusedOptimizer):
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        return _RULES[True, bool(group["amsgrad"])]
+        # torch's AdamW is its Adam, whose groups may have the flag set otherwise.
+        return _RULES[bool(group.get("decoupled_weight_decay", True)), bool(group["amsgrad"])]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group["decoupled_weight_decay"] = True  # whoever wrote the checkpoint, as in torch
+        super().__setstate__(state)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..clipping import Clip
+from ..groups import moves_momentum
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
 from ..rule import Rule, Trust, decayed, where
@@ -219,5 +220,4 @@ class LARS(FusedOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         # A scheduled momentum may pass through 0: the buffer stays, and holds the adapted gradient then.
-        scheduled = isinstance(group["schedule"], Mapping) and "momentum" in group["schedule"]
-        return _MOMENTUM if scheduled or group["momentum"] != 0 else _PLAIN
+        return _MOMENTUM if group["momentum"] != 0 or moves_momentum(group["schedule"]) else _PLAIN

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..clipping import Clip
+from ..groups import moves_momentum
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
 from ..rule import Rule, averaged, averaged_square, decayed, minus, minus_ratio, scaled
@@ -208,5 +208,5 @@ class RMSprop(FusedOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         # A scheduled momentum may pass through 0: the buffer stays, and holds the last update then.
-        scheduled = isinstance(group["schedule"], Mapping) and "momentum" in group["schedule"]
-        return _RULES[bool(group["centered"]), scheduled or group["momentum"] > 0]
+        has_momentum = group["momentum"] > 0 or moves_momentum(group["schedule"])
+        return _RULES[bool(group["centered"]), has_momentum]

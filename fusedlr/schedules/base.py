@@ -203,9 +203,11 @@ class Chain(Schedule):
             width = factors(own)
             # A row from a part's end on only holds its last value, and there the next part begins.
             end = math.inf if i == len(self.parts) or part.length is None else part.length
+            # The factors of earlier parts that this one does not have, or not from its start on, end here.
+            begun = {row.factor for row in own if row.start <= 0}
+            ended = [factor for factor in range(used) if factor not in begun]
+            rows += [Row(start, math.inf, 0, Kind.CONST, 1.0, factor=factor) for factor in ended]
             rows += [row._replace(start=start + row.start) for row in own if row.start < end]
-            # The factors of earlier parts that this one does not have end here.
-            rows += [Row(start, math.inf, 0, Kind.CONST, 1.0, factor=factor) for factor in range(width, used)]
             start, used = start + (part.length or 0), max(used, width)
         return rows
 

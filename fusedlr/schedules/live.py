@@ -26,10 +26,10 @@ UNITS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 class TimeDecay(Schedule):
     """Inverse decay with the time that training has taken: ``base_lr / (1 + rate * T)``, T in ``unit``.
 
-    The clock starts with the first step that this schedule drives, and T is known as of each step. T is in the
-    state_dict; the time between saving and loading does not count. On the host ``schedule(t, base_lr)`` takes t as the
-    elapsed time; inside ``then``, ``product``, ``per_epoch`` and ``for_steps`` t is a step, and T is 0 without an
-    optimizer. A step that follows it cannot be captured in a CUDA graph.
+    The clock starts with the first step, whether or not somebody overrides the lr, and T is known as of each step. T is
+    in the state_dict; the time between saving and loading does not count. On the host ``schedule(t, base_lr)`` takes t
+    as the elapsed time; inside ``then``, ``product``, ``per_epoch`` and ``for_steps`` t is a step, and T is 0 without
+    an optimizer. A step that follows it cannot be captured in a CUDA graph.
 
     Args:
         rate: the decay a unit of time, a finite number >= 0.

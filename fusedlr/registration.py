@@ -1,0 +1,124 @@
+"""Registration: what an optimizer notes of its param groups and their parameters before it steps them.
+
+``param_groups`` is an open list of open dicts: frameworks move parameters between groups, and replace groups and lists.
+So every step asks whether the groups are those that it knows (``is_current``), and takes note of them again if not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+from . import live
+from .clipping import as_clip
+from .flat import rehome
+from .groups import GROUP_KEY, as_schedules, check_parameters, own_tensors, scheduled_scalars
+from .schedules import Schedule
+from .state import Leaf
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+__all__ = ["bind_groups", "check_group", "is_current", "prepare_group", "register"]
+
+_params = itemgetter("params")
+_schedule = itemgetter("schedule")
+
+
+def check_group(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
+    """Raise an error for a param group that cannot be stepped as asked."""
+    clip = as_clip(group.get("clip", optimizer._clip))
+    if clip != optimizer._clip:
+        raise ValueError(
+            f"a param group has clip={clip!r}, but the optimizer has clip={optimizer._clip!r}: clipping is one for the "
+            "optimizer; pass clip to the constructor only"
+        )
+    if group.get("norm_group") is not None:
+        raise ValueError(f"norm_group must be None in this version of fusedlr, but got {group['norm_group']!r}")
+    if group.get("differentiable"):
+        raise ValueError("differentiable=True is not possible here; use the optimizer of torch.optim")
+    given = {k: v for k, v in {**optimizer.defaults, **group}.items() if k in optimizer.defaults}
+    optimizer._validated(given)
+
+
+def prepare_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
+    """Give a checked group what fusedlr keeps in it."""
+    rule = optimizer._rule(group)
+    check_parameters(group["params"], rule, optimizer._precision, optimizer._clip, type(optimizer).__name__)
+    group["clip"] = optimizer._clip
+    marks = group.setdefault(GROUP_KEY, {})
+    marks.setdefault("base", {})
+    marks.setdefault("written", {})
+    schedules = as_schedules(group["schedule"], rule.scalars, optimizer._clip)
+    scheduled_scalars(group, schedules, len(optimizer.param_groups) - 1)
+
+
+def is_current(optimizer: FusedOptimizer) -> bool:
+    """Whether the groups, their schedules and their parameters are those that were registered."""
+    groups = optimizer.param_groups
+    lists = list(map(_params, groups))
+    return (
+        list(map(len, lists)) == optimizer._sizes
+        and all(map(is_, groups, optimizer._bound))
+        and all(map(is_, map(_schedule, groups), optimizer._given))
+        and all(map(is_, chain.from_iterable(lists), optimizer._params))
+    )
+
+
+def register(optimizer: FusedOptimizer) -> None:
+    """Take note of all groups and parameters; move into flat buffers those that are new and can be moved."""
+    groups = optimizer.param_groups
+    for group in groups:
+        if GROUP_KEY not in group:  # somebody has put it there by hand
+            check_group(optimizer, group)
+            for name, value in optimizer.defaults.items():
+                group.setdefault(name, value)
+            prepare_group(optimizer, group)
+    known = {id(leaf.param): leaf for leaf in optimizer._leaves}
+    params = [p for group in groups for p in group["params"]]
+    homes = rehome(p for p in params if id(p) not in known) if optimizer._flatten else {}
+    leaves: list[Leaf] = []
+    for g, group in enumerate(groups):
+        for p in group["params"]:
+            leaf = known.get(id(p)) or Leaf(p, 0, g, homes.get(id(p)), optimizer._precision)
+            leaf.index, leaf.group = len(leaves), g
+            leaves.append(leaf)
+    optimizer._leaves = leaves
+    optimizer._params = params
+    optimizer._plan = None
+    bind_groups(optimizer)
+    optimizer._sizes = [len(group["params"]) for group in groups]
+
+
+def bind_groups(optimizer: FusedOptimizer) -> None:
+    """Bind the schedules to the group dicts, which loading a checkpoint replaces."""
+    groups = optimizer.param_groups
+    given = [as_schedules(group["schedule"], optimizer._rule(group).scalars, optimizer._clip) for group in groups]
+    max_norm = _max_norm_schedule(optimizer, given)
+    own_tensors(groups, given, optimizer.defaults)
+    before, n = optimizer._schedules, len(groups)
+    schedules = [scheduled_scalars(group, given[i], i, n) for i, group in enumerate(groups)]
+    live.carry(before, schedules)
+    optimizer._schedules = schedules
+    optimizer._max_norm_schedule = max_norm
+    optimizer._timed = live.timed(schedules)
+    optimizer._bound = list(groups)
+    optimizer._given = list(map(_schedule, groups))
+
+
+def _max_norm_schedule(optimizer: FusedOptimizer, given: Sequence[Mapping[str, Schedule]]) -> Schedule | None:
+    """What drives the clip's max_norm: one schedule, as there is one clip."""
+    found = [schedules["max_norm"] for schedules in given if "max_norm" in schedules]
+    if not found:
+        return None
+    first, *others = found
+    if any(other != first for other in others):
+        raise ValueError(
+            f"schedule['max_norm'] must be the same in every param group that has one, as the clip is one for the "
+            f"optimizer, but got {list(dict.fromkeys(map(repr, found)))}; pass it to the constructor only"
+        )
+    assert optimizer._clip is not None
+    first.rows(optimizer._clip.numbers[0])  # one that it cannot drive is an error now, not at the first step
+    return first
