@@ -9,13 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import AdamW
+from .optimizers import AdamW
 from .schedules import Cosine
 
 __all__ = ["MODELS", "Comparison", "Model", "compare", "table"]
@@ -25,7 +25,7 @@ _Builder = Callable[[list[Parameter]], Callable[[], None]]
 _STEPS = 10_000  # of the schedule
 _MAX_NORM = 1.0
 # Weights after three steps; an update is about as large as the lr, 1e-3, and torch's norm is up to 3e-4 off.
-_AGREED = {"rtol": 1e-5, "atol": 2e-6}
+_RTOL, _ATOL = 1e-5, 2e-6
 
 
 class Model(NamedTuple):
@@ -81,7 +81,7 @@ def _fusedlr(params: list[Parameter]) -> Callable[[], None]:
     return lambda: optimizer.step()
 
 
-def _torch(**options: bool) -> _Builder:
+def _torch(**options: Any) -> _Builder:
     def build(params: list[Parameter]) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(params, lr=1e-3, **options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: Cosine(_STEPS)(t, 1.0))
@@ -130,7 +130,7 @@ def _check(model: Model, sides: dict[str, _Side]) -> None:
     ours = sides["fusedlr"].params
     for name, side in sides.items():
         for i, (p, q) in enumerate(zip(ours, side.params, strict=True)):
-            if not torch.allclose(p, q, **_AGREED):
+            if not torch.allclose(p, q, rtol=_RTOL, atol=_ATOL):
                 apart = (p - q).abs().max().item()
                 raise RuntimeError(f"{model}: after 3 steps, fusedlr and {name} are {apart:.3g} apart in tensor {i}")
 

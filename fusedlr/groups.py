@@ -244,12 +244,12 @@ def own_tensors(
     """Give each group its own tensor of a scheduled scalar: torch hands one default tensor to all groups."""
     for group, names in zip(groups, schedules, strict=True):
         for name in names:
-            tensor: Any = group.get(name)
+            tensor = group.get(name)
             if not isinstance(tensor, Tensor):
                 continue
             if any(other.get(name) is tensor for other in groups if other is not group):
                 group[name] = tensor.clone()
-            elif tensor is defaults.get(name):
+            elif name in defaults and defaults[name] is tensor:
                 defaults[name] = tensor.clone()  # what a group added later begins with
 
 

@@ -24,11 +24,12 @@ LAYERS = [
     {"codecs"},
     {"conversion"},
     {"capture", "groups", "state"},
-    {"gather"},
+    {"gather", "registration"},
     {"backends"},
     {"checkpoint"},
     {"optimizer"},
     {"optimizers", "integrations"},
+    {"comparison"},
     {"__init__", "__main__"},
 ]
 
