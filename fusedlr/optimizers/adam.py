@@ -11,7 +11,7 @@ from torch import Tensor
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
-from ..rule import AtenRule, Rule, averaged, averaged_square, decayed, expm1_log, sqrt
+from ..rule import AtenRule, Rule, decayed, expm1_log, sqrt, where
 
 __all__ = ["Adam", "AdamW"]
 
@@ -43,11 +43,22 @@ def adam_row(step: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay:
     )
 
 
+def _moments(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, Tensor]:
+    """The two running averages after this gradient.
+
+    The first is counted from the gradient where that has half the weight or more: with beta1 0 it is the gradient,
+    however large the average was. In the second, g*g alone could leave the range.
+    """
+    far = h.one_minus_beta1 >= 0.5
+    share = where(far, h.one_minus_beta1 - 1.0, h.one_minus_beta1)
+    exp_avg = where(far, g, exp_avg) + (g - exp_avg) * share
+    return exp_avg, exp_avg_sq * h.beta2 + h.one_minus_beta2 * g * g
+
+
 def adam(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, ...]:
     """Adam with the L2 penalty weight_decay*p added to the gradient."""
     g = decayed(g, p, h.weight_decay)
-    exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
-    exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
+    exp_avg, exp_avg_sq = _moments(g, exp_avg, exp_avg_sq, h)
     denom = torch.sqrt(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
     return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq
 
@@ -57,8 +68,7 @@ def adam_amsgrad(
 ) -> tuple[Tensor, ...]:
     """Adam with the L2 penalty, divided by the root of the largest second moment so far."""
     g = decayed(g, p, h.weight_decay)
-    exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
-    exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
+    exp_avg, exp_avg_sq = _moments(g, exp_avg, exp_avg_sq, h)
     max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     denom = torch.sqrt(max_exp_avg_sq) / h.bias_correction2_sqrt + h.eps
     return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
@@ -67,8 +77,7 @@ def adam_amsgrad(
 def adamw(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, ...]:
     """Adam with decoupled weight decay: p shrinks by lr*weight_decay before the update."""
     p = p * h.decay
-    exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
-    exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
+    exp_avg, exp_avg_sq = _moments(g, exp_avg, exp_avg_sq, h)
     denom = torch.sqrt(exp_avg_sq) / h.bias_correction2_sqrt + h.eps
     return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq
 
@@ -78,8 +87,7 @@ def adamw_amsgrad(
 ) -> tuple[Tensor, ...]:
     """Adam with decoupled weight decay, divided by the root of the largest second moment so far."""
     p = p * h.decay
-    exp_avg = averaged(exp_avg, g, h.one_minus_beta1)
-    exp_avg_sq = averaged_square(exp_avg_sq, g, h.beta2, h.one_minus_beta2)
+    exp_avg, exp_avg_sq = _moments(g, exp_avg, exp_avg_sq, h)
     max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
     denom = torch.sqrt(max_exp_avg_sq) / h.bias_correction2_sqrt + h.eps
     return p - h.step_size * (exp_avg / denom), exp_avg, exp_avg_sq, max_exp_avg_sq
