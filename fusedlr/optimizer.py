@@ -377,8 +377,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for scheduled, value in driven:
             scheduled.show(value)
         lrs = (values["lr"] for values in scalars)
-        # A tensor may be filled before somebody asks. That of a GPU is kept: to read it would be to wait.
-        self._last_lr = [float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr for lr in lrs]
+        # A tensor may be filled before somebody asks. That of a GPU is not copied: it would be one launch more.
+        self._last_lr = [lr.clone() if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr for lr in lrs]
 
     # ---- state that others touch -------------------------------------------------------------------------------
 

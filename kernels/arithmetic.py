@@ -44,15 +44,14 @@ def decayed(g, p, weight_decay):
 
 @triton.jit
 def averaged(avg, x, weight):
-    """avg + (x-avg)*weight, counted from x where that is nearer: with weight 1 it is x, however large avg was."""
-    far = weight >= 0.5
-    return tl.where(far, x, avg) + (x - avg) * tl.where(far, weight - 1.0, weight)
+    """avg + (x-avg)*weight, so that with weight 1 it is x, however large avg was: two FMAs, and no sum of both."""
+    return avg - avg * weight + x * weight
 
 
 @triton.jit
 def averaged_square(avg, g, decay, weight):
-    """avg*decay + weight*g*g, from left to right: g*g may leave the range of float32 where the whole does not."""
-    return avg * decay + weight * g * g
+    """avg*decay + g*g*weight."""
+    return avg * decay + g * g * weight
 
 
 @triton.jit

@@ -29,7 +29,6 @@ __all__ = ["CHUNK", "ROUND", "Batch", "Call", "Round", "calls_of", "norms_of", "
 # Elements of a clipped piece of a large tensor, and of scratch that is filled before the operator that reads it is
 # called: they stay in the last cache. Shorter pieces cost more in calls and in started streams than they save.
 CHUNK = ROUND = 1 << 20
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # Elements of the longest batch of small tensors.
 LONGEST = 1 << 19
 # Elements of gathered gradients that are kept from the norm to the update, instead of being gathered again.
@@ -57,8 +56,10 @@ class Batch:
         self.spans = [(leaf.bank_start - first.bank_start, leaf.numel) for leaf in leaves]
         self.numel = sum(self.spans[-1])
         self.ordered = False
-        # Of gathered gradients: another than the parameters' is not rounded to a narrow one.
-        self.dtype = first.dtype if first.grad_dtype == first.dtype else wide(first.dtype)
+        # Of gathered gradients: another than the parameters' is not rounded to a narrow one, and float64 stays: it may
+        # need its clip factor to come into the parameters' range.
+        kept = first.grad_dtype in (first.dtype, torch.float64)
+        self.dtype = first.grad_dtype if kept else wide(first.dtype)
         self.gathered: Tensor | None = None  # where the gradients are kept from the norm to the update ...
         self.whole = self.rows = torch.empty(0)  # ... the same without what fills up its last row, and as rows
         self.norms = torch.empty(0)  # where the norms of the rows go
@@ -284,8 +285,7 @@ def norms_of(batches: Sequence[Batch]) -> list[memoryview]:
 
 
 def _may_join(leaf: Leaf) -> bool:
-    # Gathered, a float64 gradient would be in its parameter's range before its norm is known.
-    return leaf.home is not None and leaf.numel <= SMALL and leaf.grad_dtype in (leaf.dtype, *_NARROW)
+    return leaf.home is not None and leaf.numel <= SMALL
 
 
 def _continues(first: Leaf, last: Leaf, leaf: Leaf) -> bool:

@@ -289,7 +289,9 @@ class HostExecutor(Executor):
             alone = len(batch.leaves) == 1
             # A gradient that had to be brought into order is not copied again for each of its rounds.
             if batch is not self._current[0]:
-                self._current = batch, self._scaled(batch, self._gradient(batch, grads, scratch))
+                # Gathered in the scratch where that has its dtype.
+                place = scratch if scratch is not None and scratch.dtype == batch.dtype else None
+                self._current = batch, self._scaled(batch, self._gradient(batch, grads, place))
             whole = self._current[1]
             g = whole if stop - start == batch.numel else whole[start:stop]
             factor = self._factor(batch) if not folded and (alone or len(self._factors or ()) == 1) else 1.0
@@ -301,7 +303,7 @@ class HostExecutor(Executor):
                 g = torch.mul(g, factor, out=out)
             if limit != math.inf:
                 g = torch.clamp(g, -limit, limit, out=out)
-            gradients.append(g)
+            gradients.append(g if alone or g.dtype == call.leaf.dtype else g.to(call.leaf.dtype))
         assert call.rule.aten is not None and call.leaf.step is not None
         call.rule.aten(
             treated.params, gradients, treated.slots, call.leaf.step, scalars, knobs.maximize[call.group]

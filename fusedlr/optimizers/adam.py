@@ -11,7 +11,7 @@ from torch import Tensor
 from ..clipping import Clip
 from ..optimizer import FusedOptimizer, ParamsT, ScheduleArg
 from ..precision import Precision
-from ..rule import AtenRule, Rule, decayed, expm1_log, sqrt, where
+from ..rule import AtenRule, Rule, decayed, expm1_log, sqrt
 
 __all__ = ["Adam", "AdamW"]
 
@@ -46,13 +46,10 @@ def adam_row(step: Any, lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay:
 def _moments(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, Tensor]:
     """The two running averages after this gradient.
 
-    The first is counted from the gradient where that has half the weight or more: with beta1 0 it is the gradient,
-    however large the average was. In the second, g*g alone could leave the range.
+    With beta1 0 the first is the gradient, however large it was: in g - exp_avg, a small g would be lost.
     """
-    far = h.one_minus_beta1 >= 0.5
-    share = where(far, h.one_minus_beta1 - 1.0, h.one_minus_beta1)
-    exp_avg = where(far, g, exp_avg) + (g - exp_avg) * share
-    return exp_avg, exp_avg_sq * h.beta2 + h.one_minus_beta2 * g * g
+    exp_avg = exp_avg - exp_avg * h.one_minus_beta1 + g * h.one_minus_beta1
+    return exp_avg, exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2
 
 
 def adam(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, h: AdamHyper) -> tuple[Tensor, ...]:
