@@ -122,7 +122,7 @@ def _statistics(state_dict: Mapping[str, Any]) -> Any:
 
 def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
     """After torch's load_state_dict: own keys back, the clock, and the loaded state into the flat buffers."""
-    stepped = _steps_elsewhere(state_dict)
+    stepped = _steps_elsewhere(optimizer, state_dict)
     saved: Mapping[str, Any] = {}
     for group, before in zip(optimizer.param_groups, groups_before, strict=True):
         for key, value in before.items():
@@ -218,14 +218,18 @@ def _largest_step(optimizer: FusedOptimizer) -> int:
     return max((int(bank.steps.max().item()) for bank in banks.values()), default=0)
 
 
-def _steps_elsewhere(state_dict: Mapping[str, Any]) -> int:
+def _steps_elsewhere(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> int:
     """Steps that torch.optim has taken since fusedlr saved the state: torch keeps the keys of others as they were."""
-    saved = [group.get(GROUP_KEY, {}).get("steps") for group in state_dict["param_groups"]]
-    if not saved or saved[0] is None:
+    marks: Mapping[str, Any] = next((group.get(GROUP_KEY, {}) for group in state_dict["param_groups"]), {})
+    if "steps" not in marks:
         return 0
     entries = [entry for entry in state_dict["state"].values() if isinstance(entry, Mapping)]
-    steps = [float(entry["step"]) for entry in entries if entry.get("step") is not None]
-    return max(0, int(max(steps, default=0.0)) - int(saved[0]))
+    steps = [entry["step"] for entry in entries if entry.get("step") is not None]
+    # A state_dict that was not copied goes on counting with whoever made it, who may have been this optimizer.
+    mine = {leaf.step.data_ptr() for leaf in optimizer._leaves if leaf.step is not None}
+    is_live = any(isinstance(step, Tensor) and step.data_ptr() in mine for step in steps)
+    own = max(0, sync_clock(optimizer)[0] - int(marks["t"])) if is_live else 0
+    return max(0, int(max(map(float, steps), default=0.0)) - int(marks["steps"]) - own)
 
 
 def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:

@@ -27,7 +27,7 @@ def test_an_average_forgets_what_its_beta_says(name: str, beta: float, dtype: to
     """beta 0 is usual for GANs: the average then is the gradient, however large the one before was."""
     p = Parameter(torch.ones(33, dtype=dtype))
     optimizer = getattr(fusedlr, name)([p], lr=1e-3, betas=(beta, 0.9), backend=backend)
-    exact, steps = 0.0, [LARGE, *[SMALL] * 12]
+    exact, steps = 0.0, [LARGE, *[SMALL] * (12 if backend == "torch" else 2)]
     for g in steps:
         p.grad = torch.full_like(p, g)
         optimizer.step()

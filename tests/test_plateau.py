@@ -213,6 +213,8 @@ def test_the_state_survives(how: str, backend: str) -> None:
         optimizer.report(metric)
         assert other.next_lr() == optimizer.next_lr()
     marks = [o.state_dict()["param_groups"][1]["fusedlr"] for o in (other, optimizer)]
+    for each in marks:
+        each.pop("steps")  # those in a state_dict that was not copied went on with the optimizer that made it
     assert marks[0] == marks[1]
     assert marks[0]["live"]["lr"]["value"] < LRS[1]
 
