@@ -84,9 +84,11 @@ def remembered(optimizer: Any) -> list[Any]:
 def test_thresholds_and_statistics(executor: str, clip: Any) -> None:
     params = [nn.Parameter(torch.zeros(3, dtype=torch.float64, device=place_of(executor))) for _ in range(2)]
     optimizer = sgd(params, clip, executor)
-    thresholds, statistics = by_hand(clip, NORMS)
-    assert any(m < n for m, n in zip(thresholds, NORMS, strict=True)) or clip == AutoClip(100, 3, eps=0.0)
-    for norm, threshold in zip(NORMS, thresholds, strict=True):
+    # The interpreter takes half a second for a step of AutoClip, whose longest full history here has 11 norms.
+    norms = NORMS[18:] if executor == "triton" and isinstance(clip, AutoClip) else NORMS
+    thresholds, statistics = by_hand(clip, norms)
+    assert any(m < n for m, n in zip(thresholds, norms, strict=True)) or clip == AutoClip(100, 3, eps=0.0)
+    for norm, threshold in zip(norms, thresholds, strict=True):
         before = float(params[0].detach()[0])
         give(params[0], norm)
         give(params[1], 0.0)
