@@ -20,6 +20,7 @@ from .groups import GROUP_KEY, as_schedules, read
 from .live import Metered, plain
 from .precision import Precision, check_precision
 from .registration import bind_groups, register
+from .schedules import Schedule
 from .state import Bank, adopt, check_entry, ensure_state, entry_of
 
 if TYPE_CHECKING:
@@ -98,16 +99,16 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
         # The saved flags will rule, and with them other state may be needed.
         flags = {key: value for key, value in saved.items() if key not in _CODE_KEYS}
         rule = optimizer._rule({**group, **flags})
-        _check_bases({**group, **flags}, group[GROUP_KEY], optimizer)
+        schedules = as_schedules(group["schedule"], rule.scalars, optimizer._clip)
+        _check_bases(schedules, {**group, **flags}, group[GROUP_KEY])
         for key, leaf in zip(saved["params"], leaves, strict=False):
             check_precision(optimizer._precision, leaf.dtype, rule)
             if key in state_dict["state"]:
                 check_entry(leaf, state_dict["state"][key], rule)
 
 
-def _check_bases(group: Mapping[str, Any], own: Mapping[str, Any], optimizer: FusedOptimizer) -> None:
+def _check_bases(schedules: Mapping[str, Schedule], group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise a ValueError where a schedule cannot begin with what a loaded group begins with."""
-    schedules = as_schedules(group["schedule"], optimizer._rule(dict(group)).scalars, optimizer._clip)
     bases = {**own["base"], **group[GROUP_KEY]["base"], "lr": group.get("initial_lr")}
     for name, schedule in schedules.items():
         if bases.get(name) is not None:

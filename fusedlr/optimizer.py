@@ -199,7 +199,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         before = len(self.param_groups)
         super().add_param_group(param_group)
         try:
-            registration.prepare_group(self, self.param_groups[-1])
+            registration.prepare_group(self, before)
             if self._leaves:
                 registration.register(self)
         except BaseException:

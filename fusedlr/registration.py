@@ -43,8 +43,9 @@ def check_group(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
     optimizer._validated(given)
 
 
-def prepare_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
+def prepare_group(optimizer: FusedOptimizer, index: int) -> None:
     """Give a checked group what fusedlr keeps in it."""
+    group = optimizer.param_groups[index]
     rule = optimizer._rule(group)
     check_parameters(group["params"], rule, optimizer._precision, optimizer._clip, type(optimizer).__name__)
     group["clip"] = optimizer._clip
@@ -52,7 +53,7 @@ def prepare_group(optimizer: FusedOptimizer, group: dict[str, Any]) -> None:
     marks.setdefault("base", {})
     marks.setdefault("written", {})
     schedules = as_schedules(group["schedule"], rule.scalars, optimizer._clip)
-    scheduled_scalars(group, schedules, len(optimizer.param_groups) - 1)
+    scheduled_scalars(group, schedules, index)
 
 
 def is_current(optimizer: FusedOptimizer) -> bool:
@@ -70,12 +71,12 @@ def is_current(optimizer: FusedOptimizer) -> bool:
 def register(optimizer: FusedOptimizer) -> None:
     """Take note of all groups and parameters; move into flat buffers those that are new and can be moved."""
     groups = optimizer.param_groups
-    for group in groups:
+    for i, group in enumerate(groups):
         if GROUP_KEY not in group:  # somebody has put it there by hand
             check_group(optimizer, group)
             for name, value in optimizer.defaults.items():
                 group.setdefault(name, value)
-            prepare_group(optimizer, group)
+            prepare_group(optimizer, i)
     known = {id(leaf.param): leaf for leaf in optimizer._leaves}
     params = [p for group in groups for p in group["params"]]
     homes = rehome(p for p in params if id(p) not in known) if optimizer._flatten else {}

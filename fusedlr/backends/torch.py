@@ -31,7 +31,7 @@ __all__ = ["HostExecutor"]
 # operators than they save (2**16 takes 1.4 to 1.6 times as long on two threads), longer ones leave the cache.
 RULE_CHUNK = 1 << 18
 # Clip factors below are multiplied into the gradients, not folded: a share of the gradient that is given as 1 less a
-# dampening keeps 1e-16/factor of it, and weight_decay divided by them could overflow.
+# dampening is 1e-16/factor off, and weight_decay divided by them could overflow. In float64 none is folded.
 _LEAST_FOLDED = 1e-7
 
 
