@@ -114,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"NOT RECORDED: case {case.name}, {peer}:\n{traceback.format_exc()}", file=sys.stderr)
             continue
         finally:
-            # The next comparison needs the memory of this one.
+            # The next comparison needs the memory of this one, and not to be one recompilation too many.
+            if peer == "torch-compile":
+                torch.compiler.reset()
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()

@@ -257,9 +257,9 @@ def report(optimizer: FusedOptimizer, metric: Any) -> None:
         counts: Any = (t >= first) & (t <= last)
         if counts is not False:
             live.advance(number, counts, s.base)
-    if optimizer._plan is not None:
-        for executor in optimizer._plan.executors:
-            executor.refresh()
+    executors = [] if optimizer._plan is None else optimizer._plan.executors
+    for executor in [*executors, *(captured for captured, _ in optimizer._captured if captured not in executors)]:
+        executor.refresh()
 
 
 def _on(metric: Any, device: torch.device) -> Tensor:

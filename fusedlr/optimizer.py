@@ -16,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_h
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from . import capture, checkpoint, live, registration, scaling
-from .backends import Backend, Knobs, check_one_executor, choose_backend, executors_for
+from .backends import Backend, Executor, Knobs, check_one_executor, choose_backend, executors_for
 from .clipping import Clip, as_clip
 from .clipping.records import Records
 from .gather import Plan, check_gradients
@@ -101,7 +101,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._may_skip = self._nonfinite == "skip"
         self._last_lr: list[Any] = []
         self._loading: Mapping[str, Any] | None = None  # the checkpoint that is being loaded
-        self._captured: list[Any] = []  # what graphs of captured steps hold the addresses of
+        # Who took the captured steps, and what their graphs hold the addresses of.
+        self._captured: list[tuple[Executor, list[Any]]] = []
         self._replayed: capture.ReplayedClock | None = None
 
     @abstractmethod
@@ -289,7 +290,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._plan = None
             raise
         if captures:  # nothing has run: that the clock and the lr move will be heard of the replays
-            self._captured += [executor.hand_over() for executor in plan.executors]
+            self._captured += [(executor, executor.hand_over()) for executor in plan.executors]
         if self._captured and self._replayed is not None:
             self._replayed.record(self._clock(self._device()))
         if not skipped and not captures:

@@ -1,8 +1,12 @@
-"""The three executors side by side: what a test takes as ``executor``, and an optimizer whose steps show the clip."""
+"""The three executors side by side: what a test takes as ``executor``, an optimizer whose steps show the clip, and
+the watch over steps that must not wait for a GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -35,3 +39,16 @@ def backend_of(executor: str) -> str:
 def sgd(params: Sequence[Tensor], clip: Any, executor: str, **options: Any) -> fusedlr.SGD:
     """With lr 1 a step takes the clipped gradient off the parameter."""
     return fusedlr.SGD(params, lr=1.0, clip=clip, backend=backend_of(executor), **options)
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """Waiting for the GPU is an error in here."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

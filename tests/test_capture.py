@@ -158,7 +158,7 @@ def test_new_gradients_at_capture_take_a_table_of_their_own(graph: Graph) -> Non
     held = [give(params)]
     with graph:
         optimizer.step()
-    kept = optimizer._captured[0]
+    _, kept = optimizer._captured[0]
     tables = [t for t in kept if isinstance(t, torch.Tensor) and t.ndim == 2 and t.shape == eager.shape]
     pointers = [p.grad.data_ptr() for p in params]  # type: ignore[union-attr]
     # The table on the device, and the memory that each replay copies it from.
@@ -179,7 +179,7 @@ def test_what_a_graph_reads_outlives_its_plan(graph: Graph) -> None:
     optimizer.step()
     with graph:
         optimizer.step()
-    kept = {t.data_ptr() for t in optimizer._captured[0] if isinstance(t, torch.Tensor) and t.numel()}
+    kept = {t.data_ptr() for t in optimizer._captured[0][1] if isinstance(t, torch.Tensor) and t.numel()}
     executor = optimizer._plan.executors[0]  # type: ignore[union-attr]
     (bucket,) = executor._buckets  # type: ignore[attr-defined]
     for table in (bucket.rows, bucket.skip, bucket.values, bucket.tensors, bucket.chunks, bucket.segments):
@@ -244,6 +244,25 @@ def test_the_host_follows_replays(graph: Graph) -> None:
     state["param_groups"][0]["fusedlr"]["t"] = 3
     optimizer.load_state_dict(state)
     assert optimizer.steps_taken == 3 and int(clock[0]) == 3
+
+
+@pytest.mark.parametrize("other_plan", [False, True], ids=["same-plan", "another-plan"])
+def test_reports_reach_what_graphs_read(graph: Graph, other_plan: bool) -> None:
+    """After an eager step has tables of its own, too."""
+    optimizer, params = make(schedule=schedules.Plateau(factor=0.5, patience=0))
+    optimizer.step()
+    with graph:
+        optimizer.step()
+    (bucket,) = optimizer._captured[0][0]._buckets  # type: ignore[attr-defined]
+    ((captured, _, _),) = bucket._captured_cells
+    if other_plan:
+        params[0].grad = None
+    optimizer.step()
+    ((eager, _, _),) = optimizer._plan.executors[0]._buckets[0]._cells  # type: ignore[union-attr, attr-defined]
+    assert eager.data_ptr() != captured.data_ptr()
+    for value in (0.1, 0.05, 0.025):  # the first report is the best
+        optimizer.report(1.0)
+        assert captured.item() == eager.item() == pytest.approx(value)
 
 
 def test_a_schedule_by_time_cannot_be_captured(graph: Graph) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from executors import never_waiting
 from torch import Tensor
 
 import fusedlr
@@ -107,7 +107,7 @@ def test_all_dtypes(name: str, dtype: torch.dtype, flatten: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("lamb", "lars")])  # torch has neither
 def test_torch_optim(name: str, dtype: torch.dtype) -> None:
     ours = run(name, "triton", dtype, clip=1.0)
     params = [torch.nn.Parameter(v) for v in values(dtype)]
@@ -188,16 +188,9 @@ def test_gradients_and_parameters_at_odd_addresses(offset: int) -> None:
     torch.testing.assert_close(outcomes[0][1][1], outcomes[1][1][1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def no_wait() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def test_the_watch_sees_waits(no_wait: None) -> None:
+def test_the_watch_sees_waits() -> None:
     x = torch.ones((), device="cuda")
-    with pytest.raises(RuntimeError, match="synchronizing"):
+    with never_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
         x.item()
 
 
@@ -211,13 +204,9 @@ def test_no_step_waits(clip: Any, backend: str, nonfinite: str) -> None:
     optimizer = fusedlr.AdamW(params, lr=lr, clip=clip, backend=backend, nonfinite=nonfinite, schedule=schedule)
     for i in range(4):  # the first one too, which makes plan and state
         give(params, i)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waiting():
             optimizer.step()
             optimizer.zero_grad()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert int(optimizer.state[params[0]]["step"]) == 4
 
 
@@ -309,7 +298,9 @@ def test_norms_keep_their_range() -> None:
             optimizer = fusedlr.SGD([p], lr=0.0, clip=GlobalNorm(1.0, norm_type), backend="triton")
             optimizer.step()
             wanted = float(p.grad[0]) * 3000 ** (1 / norm_type)
-            assert float(optimizer.last_grad_norm) == pytest.approx(wanted, rel=2e-6)  # type: ignore[arg-type]
+            smallest = 1.5e-45  # of float32: the least numbers have few digits
+            norm = float(optimizer.last_grad_norm)  # type: ignore[arg-type]
+            assert norm == pytest.approx(wanted, rel=2e-6, abs=smallest)
 
 
 def test_a_model_that_moves_to_the_gpu_after_the_optimizer_was_made() -> None:
@@ -362,10 +353,18 @@ def one_launch(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
     monkeypatch.setenv("FUSEDLR_ONE_LAUNCH", str(int(asked)))
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("clip", CLIPS, ids=repr)
-@pytest.mark.parametrize("name", ["sgd-nesterov", "adamw", "adam-amsgrad"])
+# Each row is two compilations of many seconds: every clip, rule and dtype once, not each with each.
+@pytest.mark.parametrize(
+    "name, clip, dtype, nonfinite",
+    [("adamw", clip, torch.float32, ("propagate", "skip")[i % 2]) for i, clip in enumerate(CLIPS)]
+    + [
+        ("sgd-nesterov", GlobalNorm(1.0), torch.float32, "skip"),
+        ("sgd-nesterov", None, torch.bfloat16, "propagate"),
+        ("adam-amsgrad", TensorNorm(0.5), torch.float16, "skip"),
+        ("adamw", GlobalNorm(1.0), torch.bfloat16, "propagate"),
+    ],
+    ids=str,
+)
 def test_one_launch_is_three(
     monkeypatch: pytest.MonkeyPatch, name: str, clip: Any, dtype: torch.dtype, nonfinite: str
 ) -> None:
@@ -426,9 +425,5 @@ def test_one_launch_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, params = run("adamw", "triton", steps=0, clip=1.0)
     for i in range(3):
         give(params, i)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waiting():
             optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -123,7 +123,9 @@ class Bucket:
         self._sent_program = Sent(self.device)
         self._sent_table = Sent(self.device)
         self._programs: tuple[Any, Any] = (None, None)
-        self._cells: list[tuple[Tensor, Live, int]] = []  # of the table: what changes between steps, and its version
+        # Of the table, and of those that graphs read: what changes between steps, and its version.
+        self._cells: list[tuple[Tensor, Live, int]] = []
+        self._captured_cells: list[tuple[Tensor, Live, int]] = []
         fields = len(self.rule.hyper._fields)
         self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide(self.dtype), device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -186,6 +188,8 @@ class Bucket:
     def hand_over(self) -> list[Any]:
         """What a graph holds the addresses of; tables that may change are made anew by the next step."""
         self._pointers, self._given, self._programs = b"", [], (None, None)
+        self._captured_cells += self._cells
+        self._cells = []
         sent = (self._sent_segments, self._sent_scalars, self._sent_pointers, self._sent_tracks, self._sent_program)
         tables = [table for each in (*sent, self._sent_table) for table in each.hand_over()]
         return [self.chunks, self.tensors, self.rows, self.skip, self.values, self._norm, self._kept_scalars, *tables]
@@ -287,10 +291,11 @@ class Bucket:
 
     def refresh(self) -> None:
         """Write the numbers that change between steps into the table where it lies: a captured graph reads it there."""
-        for i, (cell, live, version) in enumerate(self._cells):
-            if live.version != version:
-                live.fill(cell)
-                self._cells[i] = (cell, live, live.version)
+        for cells in (self._cells, self._captured_cells):
+            for i, (cell, live, version) in enumerate(cells):
+                if live.version != version:
+                    live.fill(cell)
+                    cells[i] = (cell, live, live.version)
 
 
 def _beside(leaf: Leaf, storage: Storage) -> list[int]:
