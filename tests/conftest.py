@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 
@@ -11,6 +12,11 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+    if importlib.util.find_spec("triton") is not None:
+        from interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 import pytest  # noqa: E402
 
