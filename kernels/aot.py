@@ -187,7 +187,7 @@ def _decide(
     types |= {name: "i32" for name in decide.arg_names if name not in types} | {"norm_type": "fp32"}
     form = threshold.removesuffix("_threshold") if threshold else scope or "none"
     name = kernel_name("decide", row.removesuffix("_row"), dtype, f"{form}{'-guard' if guard else ''}")
-    return Kernel(name, decide, _signature(decide, types, constants), constants, launch.THREADS, False, 0.0)
+    return Kernel(name, decide, _signature(decide, types, constants), constants, launch.DECIDE_THREADS, False, 0.0)
 
 
 def _slots(rule: str) -> int:

@@ -17,7 +17,8 @@ GLOBAL = tl.constexpr(1)
 TENSOR = tl.constexpr(2)
 UNIT = tl.constexpr(3)  # the norm is global, and the factors of the units are made elsewhere
 
-TILE = tl.constexpr(16)  # partials of each of LANES tensors that are read at once
+TILE = tl.constexpr(8)  # partials of each of LANES tensors that are read at once
+SUMS = tl.constexpr(128)  # partials of all tensors that are: as many for any number of threads, which keeps the sum
 
 
 @triton.jit
@@ -38,18 +39,27 @@ def root(total, top, norm_type):
 
 
 @triton.jit
-def global_norm(partials_ptr, n_partials, scale_offset, norm_type, MODE: tl.constexpr, LANES: tl.constexpr):
+def global_norm(partials_ptr, n_partials, scale_offset, norm_type, MODE: tl.constexpr):
     """The norm over all partials, added up in their order."""
-    lanes = tl.arange(0, LANES)
-    sums = tl.zeros([LANES], tl.float64)
+    lanes = tl.arange(0, SUMS)
+    sums = tl.zeros([SUMS], tl.float64)
     if MODE == EUCLID:
-        for offset in range(0, n_partials, LANES):
-            sums += tl.load(partials_ptr + offset + lanes, mask=offset + lanes < n_partials, other=0.0)
+        # Four blocks are on their way at once, and are added in their order.
+        for offset in range(0, n_partials, 4 * SUMS):
+            at = offset + lanes
+            a = tl.load(partials_ptr + at, mask=at < n_partials, other=0.0)
+            b = tl.load(partials_ptr + at + SUMS, mask=at + SUMS < n_partials, other=0.0)
+            c = tl.load(partials_ptr + at + 2 * SUMS, mask=at + 2 * SUMS < n_partials, other=0.0)
+            d = tl.load(partials_ptr + at + 3 * SUMS, mask=at + 3 * SUMS < n_partials, other=0.0)
+            sums += a
+            sums += b
+            sums += c
+            sums += d
         norm = tl.sqrt(tl.sum(sums))
     else:
-        tops = tl.zeros([LANES], tl.float64)
-        nans = tl.zeros([LANES], tl.int32)
-        for offset in range(0, n_partials, LANES):
+        tops = tl.zeros([SUMS], tl.float64)
+        nans = tl.zeros([SUMS], tl.int32)
+        for offset in range(0, n_partials, SUMS):
             mask = offset + lanes < n_partials
             scale = tl.load(partials_ptr + scale_offset + offset + lanes, mask=mask, other=0.0)
             total = tl.load(partials_ptr + offset + lanes, mask=mask, other=0.0)
@@ -60,7 +70,7 @@ def global_norm(partials_ptr, n_partials, scale_offset, norm_type, MODE: tl.cons
             norm = top
         else:
             top = tl.where(top > 0.0, top, 1.0)
-            for offset in range(0, n_partials, LANES):
+            for offset in range(0, n_partials, SUMS):
                 mask = offset + lanes < n_partials
                 scale = tl.load(partials_ptr + scale_offset + offset + lanes, mask=mask, other=0.0)
                 total = tl.load(partials_ptr + offset + lanes, mask=mask, other=0.0)
@@ -196,7 +206,7 @@ def decide(
     skipped = found
     norm = tl.full([], 0.0, tl.float64)
     if SCOPE != NOTHING or GUARD:
-        norm = global_norm(partials_ptr, n_partials, scale_offset, norm_type, MODE, LANES) * inverse
+        norm = global_norm(partials_ptr, n_partials, scale_offset, norm_type, MODE) * inverse
         if SCOPE != NOTHING:
             tl.store(norm_ptr, norm.to(tl.float32))
         if GUARD:

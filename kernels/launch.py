@@ -34,7 +34,10 @@ HALF_BLOCK = 4 * THREADS
 # Rules with so much alive at once that 8 elements a thread would take more than 64 registers.
 WIDE_RULES = ("adadelta", "rmsprop_centered_momentum")
 TAIL = BLOCK if INTERPRETED else THREADS  # the interpreter pays for each iteration, not for registers
-LANES = 128
+LANES = 128  # tensors that a program looks at together
+# Of decide, which is one program for all tensors and waits for one number after the other: the more the faster.
+DECIDE_THREADS = 512
+DECIDE_WARPS = DECIDE_THREADS // (THREADS // NUM_WARPS)
 # The programs of step must all be on the device at once. A bound on registers, which the compiler keeps, says how many
 # fit whatever is compiled: 5 times 128 threads with 96 registers in the 65536 of a multiprocessor.
 # With 80 the chunk loop of AdamW in float32 goes through local memory.
@@ -109,7 +112,7 @@ def decide_constants(
         "FIELDS": n_fields,
         "CARRIED": rules.CARRIED.get(row_name, 0),
         "WIDE": wide(dtype),
-        "LANES": LANES,
+        "LANES": DECIDE_THREADS,
     }
 
 
@@ -157,7 +160,7 @@ def apply_constants(
 
 def step_constants(measure: dict[str, Any], decide: dict[str, Any], apply: dict[str, Any]) -> dict[str, Any]:
     """The compile-time arguments of step: those of its parts, whose blocks may differ in size."""
-    merged = {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply
+    merged = {"MEASURE_BLOCK": measure["BLOCK"]} | measure | decide | apply | {"LANES": LANES}
     return {name: value for name, value in merged.items() if name not in ("THRESHOLD", "UNITS")}
 
 
@@ -253,7 +256,7 @@ def launch_decide(
             dtype=dtype,
             threshold_name=threshold_name,
         ),
-        num_warps=NUM_WARPS,
+        num_warps=DECIDE_WARPS,
         # A schedule's value is the same on the host and here only if products are rounded before they are added.
         enable_fp_fusion=False,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import formats, rules, trust_rules
-from .launch import LANES, NUM_WARPS, PLAIN, THREADS, apply_constants, mode_for
+from .launch import NUM_WARPS, PLAIN, THREADS, apply_constants, mode_for
 from .trust import trust_norms, trust_ratios
 
 __all__ = ["launch_trust", "trust_constants", "trust_partials"]
@@ -48,7 +48,7 @@ def trust_constants(
         "OF_RULE": slots,
         "ROWS": THREADS,
     }
-    return norms | shared, {"RATIO": ratio, "LANES": LANES} | shared
+    return norms | shared, {"RATIO": ratio} | shared
 
 
 def trust_partials(n_chunks: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -197,15 +197,14 @@ def trust_ratios(
     HYPER: tl.constexpr,
     FIELDS: tl.constexpr,
     MODE: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     if tl.load(skip_ptr) == 0:
         # A program a tensor; where its partials are is decide's table.
         tensor_ptr = tensors_ptr + tl.program_id(0) * tensors_width
         first = tl.load(tensor_ptr + 2) - first_partial
         count = tl.load(tensor_ptr + 3).to(tl.int32)
-        p_norm = global_norm(sums_ptr + first, count, 2 * n_chunks, 2.0, MODE, LANES)
-        norm = global_norm(sums_ptr + n_chunks + first, count, 2 * n_chunks, 2.0, MODE, LANES)
+        p_norm = global_norm(sums_ptr + first, count, 2 * n_chunks, 2.0, MODE)
+        norm = global_norm(sums_ptr + n_chunks + first, count, 2 * n_chunks, 2.0, MODE)
         numbers_ptr = rows_ptr + tl.program_id(0) * row_width
         fields = ()
         for i in tl.static_range(FIELDS):

@@ -224,7 +224,7 @@ def test_norms_from_partials(name: str, scope: str) -> None:
 
 def test_each_tensor_by_its_own_partials(seed: int) -> None:
     """Tensors of many, few and no partials; more tensors than one pass treats."""
-    counts = [100, 0, 1, 16, 17, 15, 33, *[2] * 140]
+    counts = [100, 0, 1, 16, 17, 15, 33, *[2] * launch.DECIDE_THREADS]
     sums = (torch.rand(sum(counts), dtype=torch.float64) * 9 + 1).tolist()
     parts = torch.tensor(sums, dtype=torch.float64).split(counts)
     out = decided(
