@@ -42,7 +42,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import launch, launch_trust, rules
+from . import launch, launch_trust, launch_units, rules
 from .aot_formats import COMPILED, FORMATS
 from .apply import apply
 from .decide import decide
@@ -144,7 +144,7 @@ def _measure(dtype: torch.dtype, mode: int) -> Kernel:
 
 def _unit_measure(dtype: torch.dtype) -> Kernel:
     types = {"segments_ptr": "*i64", "units_ptr": "*i64", "pieces_ptr": "*i32", "norms_ptr": "*fp64"}
-    constants = {"G": launch.DTYPES[dtype], "P": launch.DTYPES[dtype], "WIDTH": 5}
+    constants = launch_units.unit_measure_constants(dtype, dtype, 5)
     signature = _signature(unit_measure, types | {"weights_offset": "i32"}, constants)
     return Kernel(kernel_name("units", "measure", dtype), unit_measure, signature, constants, launch.THREADS, True, 0.0)
 
@@ -154,7 +154,7 @@ def _unit_fold(dtype: torch.dtype) -> Kernel:
     types = {f"{name}_ptr": kind for name, kind in pointers.items()}
     types |= {"factors_ptr": "*fp64" if dtype == FP64 else "*fp32"}
     types |= dict.fromkeys(("weights_offset", "first_partial", "scale_offset"), "i32")
-    constants = {"WIDE": launch.wide(dtype)}
+    constants = launch_units.unit_fold_constants(dtype)
     signature = _signature(unit_fold, types, constants)
     return Kernel(kernel_name("units", "fold", dtype), unit_fold, signature, constants, launch.THREADS, True, 0.0)
 

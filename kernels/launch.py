@@ -15,6 +15,7 @@ from torch import Tensor
 from . import adaptive, clipping, formats, rules
 from .apply import apply
 from .decide import GLOBAL, NOTHING, TENSOR, UNIT, decide
+from .launcher import Launcher
 from .measure import EUCLID, LARGEST, POWER, measure
 from .segments import HEAD
 from .step import step
@@ -51,6 +52,13 @@ DTYPES = {
     torch.float16: tl.float16,
     torch.int8: tl.int8,
 }
+# A schedule's value is the same on the host and in decide only if products are rounded before they are added. What that
+# moves in step is far below a float32.
+_measure = Launcher(measure, num_warps=NUM_WARPS, enable_fp_fusion=True)
+_decide = Launcher(decide, num_warps=DECIDE_WARPS, enable_fp_fusion=False)
+_apply = Launcher(apply, num_warps=NUM_WARPS, enable_fp_fusion=True)
+_step = Launcher(step, num_warps=NUM_WARPS, maxnreg=STEP_REGISTERS, enable_fp_fusion=True, launch_cooperative_grid=True)
+_of_step: dict[tuple[int, ...], dict[str, Any]] = {}  # compile-time arguments of step by the ids of its parts'
 PLAIN: tuple[str, str, tuple[bool, ...]] = ("plain", "plain", ())
 SCOPES = {None: NOTHING.value, "global": GLOBAL.value, "tensor": TENSOR.value, "unit": UNIT.value}
 
@@ -176,18 +184,8 @@ def launch_measure(
     mode: int,
 ) -> None:
     """One partial a chunk into ``partials[:, first_partial:]`` (sums in row 0, scales in row 1)."""
-    measure[(n_chunks,)](
-        segments,
-        chunks,
-        partials,
-        partials.shape[1],
-        first_partial,
-        chunk_size,
-        norm_type,
-        **measure_constants(dtype, mode, segments.shape[1]),
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
-    )
+    arguments = (segments, chunks, partials, partials.shape[1], first_partial, chunk_size, norm_type)
+    _measure(n_chunks, arguments, measure_constants(dtype, mode, segments.shape[1]))
 
 
 def launch_decide(
@@ -221,7 +219,7 @@ def launch_decide(
     threshold_name: str | None = None,
 ) -> None:
     """One row a tensor into ``rows``, the norm, the decision to skip, and the counts of steps."""
-    decide[(1,)](
+    arguments = (
         partials,
         n_partials,
         partials.shape[1],
@@ -243,23 +241,21 @@ def launch_decide(
         norm,
         skip,
         record,
-        **decide_constants(
-            row_name,
-            factor_name,
-            scope,
-            mode,
-            guard=guard,
-            count=count,
-            last=last,
-            n_row_scalars=n_row_scalars,
-            n_fields=rows.shape[1] - 2,
-            dtype=dtype,
-            threshold_name=threshold_name,
-        ),
-        num_warps=DECIDE_WARPS,
-        # A schedule's value is the same on the host and here only if products are rounded before they are added.
-        enable_fp_fusion=False,
     )
+    constants = decide_constants(
+        row_name,
+        factor_name,
+        scope,
+        mode,
+        guard=guard,
+        count=count,
+        last=last,
+        n_row_scalars=n_row_scalars,
+        n_fields=rows.shape[1] - 2,
+        dtype=dtype,
+        threshold_name=threshold_name,
+    )
+    _decide(1, arguments, constants)
 
 
 def launch_apply(
@@ -281,28 +277,17 @@ def launch_apply(
     storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> None:
     """One pass over parameters and state; with ``units``, each unit's gradient by its factor."""
-    apply[(n_chunks,)](
-        segments,
-        chunks,
-        rows,
-        skip,
-        n_chunks,
-        chunk_size,
-        units,
-        factors,
-        **apply_constants(
-            rule_name,
-            hyper_name,
-            clamp=clamp,
-            dtype=dtype,
-            grad_dtype=grad_dtype,
-            state_dtypes=state_dtypes,
-            storage=storage,
-            units=units is not None,
-        ),
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
+    constants = apply_constants(
+        rule_name,
+        hyper_name,
+        clamp=clamp,
+        dtype=dtype,
+        grad_dtype=grad_dtype,
+        state_dtypes=state_dtypes,
+        storage=storage,
+        units=units is not None,
     )
+    _apply(n_chunks, (segments, chunks, rows, skip, n_chunks, chunk_size, units, factors), constants)
 
 
 def can_launch_step(device: torch.device, dtype: torch.dtype) -> bool:
@@ -363,7 +348,7 @@ def launch_step(
     storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
 ) -> None:
     """The three launches in one; ``barrier`` is one int64 of the bucket, 0 before its first step."""
-    constants = step_constants(
+    parts = (
         measure_constants(grad_dtype, mode, segments.shape[1]),
         decide_constants(
             row_name,
@@ -387,7 +372,7 @@ def launch_step(
             storage=storage,
         ),
     )
-    step[(min(n_chunks, _programs_at_once(barrier.device)),)](
+    arguments = (
         barrier,
         segments,
         chunks,
@@ -414,10 +399,7 @@ def launch_step(
         rows,
         norm,
         skip,
-        **constants,
-        num_warps=NUM_WARPS,
-        maxnreg=STEP_REGISTERS,
-        # As measure and apply have it; what it moves in decide is far below a float32.
-        enable_fp_fusion=True,
-        launch_cooperative_grid=True,
     )
+    key = tuple(map(id, parts))  # which are kept, each by its function
+    constants = _of_step.get(key) or _of_step.setdefault(key, step_constants(*parts))
+    _step(min(n_chunks, _programs_at_once(barrier.device)), arguments, constants)

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from . import formats, rules, trust_rules
 from .launch import NUM_WARPS, PLAIN, THREADS, apply_constants, mode_for
+from .launcher import Launcher
 from .trust import trust_norms, trust_ratios
 
 __all__ = ["launch_trust", "trust_constants", "trust_partials"]
+
+_norms = Launcher(trust_norms, num_warps=NUM_WARPS, enable_fp_fusion=True)
+_ratios = Launcher(trust_ratios, num_warps=NUM_WARPS, enable_fp_fusion=False)
 
 
 @functools.cache
@@ -85,29 +89,7 @@ def launch_trust(
         state_dtypes=state_dtypes,
         storage=storage,
     )
-    trust_norms[(n_chunks,)](
-        segments,
-        chunks,
-        rows,
-        rows.shape[1],
-        skip,
-        partials,
-        n_chunks,
-        chunk_size,
-        **norms,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=True,
-    )
-    trust_ratios[(rows.shape[0],)](
-        partials,
-        n_chunks,
-        tensors,
-        tensors.shape[1],
-        first_partial,
-        rows,
-        rows.shape[1],
-        skip,
-        **ratios,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
-    )
+    width = rows.shape[1]
+    _norms(n_chunks, (segments, chunks, rows, width, skip, partials, n_chunks, chunk_size), norms)
+    where = (partials, n_chunks, tensors, tensors.shape[1], first_partial, rows, width, skip)
+    _ratios(rows.shape[0], where, ratios)

@@ -1,7 +1,8 @@
 """The launches as a GPU sees them, without one: Triton binds, specialises and compiles, and runs nothing.
 
 The ahead-of-time tests compile what they are told; this holds that the backend's own calls can be compiled, which the
-interpreter says nothing about. The driver is a stand-in that names a target; ``warmup`` stops before the launch.
+interpreter says nothing about, and that a kernel which is launched again gets what Triton would give it. The driver is
+a stand-in that names a target and launches nothing.
 """
 
 from __future__ import annotations
@@ -12,30 +13,43 @@ import re
 import subprocess
 import sys
 import textwrap
-from typing import Any
+from typing import Any, NamedTuple
 
 from fusedlr.kernels import launch
 
 SCRIPT = """
-import json, os, sys
+import json, os, sys, timeit
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+calls = []  # (name of the kernel, what the driver is given)
+
+class Launch:
+    def __init__(self, source, metadata): self.name = metadata.name
+    def __call__(self, *given): calls.append((self.name, given))
+
+class Utils:
+    def load_binary(self, name, kernel, shared, device): return object(), object(), 32, 0, 1024
+    def unload_module(self, module): pass
+    def get_device_properties(self, device): return {"max_shared_mem": 232448}
+
 class NoGPU:
+    utils, launcher_cls = Utils(), Launch
     def get_current_device(self): return 0
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
     def get_current_stream(self, device=0): return 0
     def get_active_torch_device(self): return torch.device("cpu")
 
 driver.set_active(NoGPU())
-launched, compiled, steps_compiled = [], set(), []
+compiled, steps_compiled, looked = set(), [], 0
 run = JITFunction.run
 
-def warm(self, *args, grid, warmup, **options):
-    kernel = run(self, *args, grid=grid, warmup=True, **options)
-    launched.append(kernel.metadata.name)
+def counting(self, *args, **options):
+    global looked
+    looked += 1
+    kernel = run(self, *args, **options)
     if id(kernel) not in compiled and "_step_" in kernel.metadata.name:
         steps_compiled.append(
             {"cooperative": kernel.metadata.launch_cooperative_grid, "shared": kernel.metadata.shared,
@@ -44,10 +58,36 @@ def warm(self, *args, grid, warmup, **options):
     compiled.add(id(kernel))
     return kernel
 
-JITFunction.run = warm
+JITFunction.run = counting
 import fusedlr
 from fusedlr import backends, clipping, schedules
 from fusedlr.kernels import launch
+from fusedlr.kernels.launcher import Launcher
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a is b
+    # What profilers are told is made for each launch.
+    return type(a) is type(b) and (a.data == b.data if type(a).__name__ == "LazyDict" else a == b)
+
+unequal, specialised = [], []
+call = Launcher.__call__
+
+def twice(launcher, programs, arguments, constants):
+    # As the library launches, and as Triton does, which changes nothing but what is counted: the driver gets the same.
+    global looked
+    call(launcher, programs, arguments, constants)
+    before = looked
+    launcher.kernel[(programs, 1, 1)](*arguments, **constants, **launcher._options)
+    looked = before
+    (_, theirs), (name, ours) = calls.pop(), calls[-1]
+    if len(ours) != len(theirs) or not all(map(same, ours, theirs)):
+        unequal.append(name)
+    for argument, parameter in zip(arguments, launcher.kernel.params):
+        if type(argument) is int and not parameter.do_not_specialize:
+            specialised.append((name, parameter.name))
+
+Launcher.__call__ = twice
 launch._programs_at_once = lambda device: 660
 launch.can_launch_step = lambda device, dtype: True
 backends.interpreting = lambda: True  # the CPU's tensors stand in for a GPU's
@@ -64,12 +104,31 @@ for name, arguments in json.loads(sys.argv[1]):
     for n in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
-        launched.clear(); known = len(compiled)
+        calls.clear(); known, looked = len(compiled), 0
         optimizer.step()
         optimizer.param_groups[0]["weight_decay"] = 0.1 * n
-        steps.append({"launched": list(launched), "new": len(compiled) - known})
+        steps.append({"launched": [name for name, _ in calls], "new": len(compiled) - known, "looked": looked})
     report.append(steps)
-print(json.dumps([report, steps_compiled]))
+
+# What begins at an odd address is no kernel's that was compiled for even ones, and is launched all the same.
+misaligned = []
+segments, chunks = torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
+partials, constants = torch.zeros(2, 3, dtype=torch.float64), launch.measure_constants(torch.float32, 0, 5)
+call(launch._measure, 1, (segments, chunks, partials, 3, 0, 1024, 2.0), constants)
+for table in (segments, segments.flatten()[1:].unsqueeze(0), segments):
+    calls.clear(); looked = 0
+    call(launch._measure, 1, (table, chunks, partials, 3, 0, 1024, 2.0), constants)
+    ((_, given),) = calls
+    misaligned.append((looked, id(given[4])))
+
+# Seconds of the host for a launch that it knows, and for the same by Triton's own way.
+arguments, times = (segments, chunks, partials, 3, 0, 1024, 2.0), []
+for way in (
+    lambda: call(launch._measure, 1, arguments, constants),
+    lambda: launch._measure.kernel[(1, 1, 1)](*arguments, **constants, **launch._measure._options),
+):
+    times.append(min(timeit.repeat(way, number=1, repeat=300)))
+print(json.dumps([report, steps_compiled, unequal, specialised, misaligned, times]))
 """
 
 CASES = [
@@ -82,8 +141,18 @@ CASES = [
 ]
 
 
-def compiled(cases: list[tuple[str, dict[str, str]]], one_launch: bool) -> tuple[Any, Any]:
-    """What each step of each case launched, and the kernels of whole steps that were compiled."""
+class Outcome(NamedTuple):
+    """What the script found."""
+
+    report: list[list[dict[str, Any]]]  # what each step of each case launched
+    steps_compiled: list[dict[str, Any]]  # kernels of whole steps
+    unequal: list[str]  # launches that were other than Triton's own
+    specialised: list[list[str]]  # ints that another number would compile another kernel for
+    misaligned: list[list[int]]  # launches of an even, an odd and an even table: whether Triton looked, which kernel
+    times: list[float]  # of the host for a launch, and by Triton's own way
+
+
+def compiled(cases: list[tuple[str, dict[str, str]]], one_launch: bool) -> Outcome:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["FUSEDLR_ONE_LAUNCH"] = str(int(one_launch))
     done = subprocess.run(
@@ -94,14 +163,15 @@ def compiled(cases: list[tuple[str, dict[str, str]]], one_launch: bool) -> tuple
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-    report, kernels = json.loads(done.stdout.splitlines()[-1])
-    return report, kernels
+    outcome = Outcome(*json.loads(done.stdout.splitlines()[-1]))
+    assert outcome.unequal == [] and outcome.specialised == []
+    return outcome
 
 
 def test_every_launch_compiles_for_a_gpu_and_only_once() -> None:
-    report, whole = compiled(CASES, one_launch=False)
-    assert whole == []
-    for (name, arguments), steps in zip(CASES, report, strict=True):
+    outcome = compiled(CASES, one_launch=False)
+    assert outcome.steps_compiled == []
+    for (name, arguments), steps in zip(CASES, outcome.report, strict=True):
         measures = "Value" not in arguments["clip"]
         for step in steps:
             # Two buckets (float32 and bfloat16), each with at most three launches.
@@ -111,16 +181,33 @@ def test_every_launch_compiles_for_a_gpu_and_only_once() -> None:
         assert steps[0]["new"] > 0
         # A moving lr, weight decay and clock are numbers in memory: nothing is compiled for them again.
         assert [step["new"] for step in steps[1:]] == [0, 0], name
+        # Nor does Triton look at the arguments of a launch again.
+        assert [step["looked"] for step in steps[1:]] == [0, 0] and steps[0]["looked"] > 0, name
+    (once, even), (odd_looked, odd), (again, same) = outcome.misaligned
+    assert (once, odd_looked, again) == (0, 1, 0) and even == same != odd
+    direct, by_triton = outcome.times
+    assert direct < 0.5 * by_triton  # a sixth where this was measured
+
+
+def test_launches_of_trust_ratios_units_and_records_are_looked_at_once() -> None:
+    cases = [
+        ("LAMB", {"clip": "1.0"}),
+        ("AdamW", {"clip": "clipping.AGC(0.01)"}),
+        ("SGD", {"momentum": "0.9", "clip": "clipping.AutoClip()"}),
+    ]
+    for (name, _), steps in zip(cases, compiled(cases, one_launch=False).report, strict=True):
+        assert steps[0]["looked"] > 0 and len(steps[0]["launched"]) >= 6, name
+        assert [(step["new"], step["looked"]) for step in steps[1:]] == [(0, 0)] * 2, name
 
 
 def test_a_step_in_one_launch_compiles_and_orders_its_memory() -> None:
     cases = CASES[:2]
-    report, kernels = compiled(cases, one_launch=True)
-    for (name, _), steps in zip(cases, report, strict=True):
+    outcome = compiled(cases, one_launch=True)
+    for (name, _), steps in zip(cases, outcome.report, strict=True):
         assert [[kernel.split("_")[1] for kernel in step["launched"]] for step in steps] == [["step"]] * 3, name
         assert [step["new"] for step in steps] == [1, 0, 0]
-    assert len(kernels) == len(cases)
-    for kernel in kernels:
+    assert len(outcome.steps_compiled) == len(cases)
+    for kernel in outcome.steps_compiled:
         assert kernel["cooperative"]
         # The programs that are to be there at once share 64 KiB on the smallest multiprocessor; each takes 1 KiB more.
         assert launch.STEP_BLOCKS * (kernel["shared"] + 1024) <= 64 * 1024
