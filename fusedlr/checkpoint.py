@@ -21,7 +21,7 @@ from .live import Metered, plain
 from .precision import Precision, check_precision
 from .registration import bind_groups, register
 from .schedules import Schedule
-from .state import Bank, adopt, check_entry, ensure_state, entry_of
+from .state import Bank, adopt, check_entry, ensure_state, entry_of, stored_keys
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -156,7 +156,7 @@ def _uncast(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         rule = optimizer._rule(group)
-        names = (*rule.carried, *rule.slots, *(f"{name}_scale" for name in rule.slots), "master", "param_low")
+        names = (*rule.carried, *rule.slots, *stored_keys(rule.slots))
         for key, leaf in zip(saved["params"], leaves, strict=False):
             entry = state_dict["state"].get(key, {})
             for name in names:
@@ -169,7 +169,7 @@ def _as_torch(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         rule = optimizer._rule(group)
-        own = {"master", "param_low", *(f"{name}_scale" for name in rule.slots)}
+        own = stored_keys(rule.slots)
         for key, _ in zip(saved["params"], leaves, strict=False):
             entry = state_dict["state"].get(key, {})
             if entry and not rule.start and float(entry["step"]) == 0:

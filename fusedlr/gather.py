@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .rule import Rule
 from .state import Leaf
 
 if TYPE_CHECKING:
@@ -28,13 +27,12 @@ Comparison = Callable[[Sequence[Any]], bool]
 class Plan:
     """The active leaves, and the executors that step them."""
 
-    __slots__ = ("_same", "_stays", "active", "all_active", "executors", "leaves", "movable", "ptrs", "rules")
+    __slots__ = ("_same", "_stays", "active", "all_active", "executors", "leaves", "movable", "ptrs")
 
     def __init__(
-        self, leaves: list[Leaf], rules: list[Rule], active: list[bool], ptrs: list[int], executors: list[Executor]
+        self, leaves: list[Leaf], active: list[bool], ptrs: list[int], executors: list[Executor]
     ) -> None:
         self.leaves = leaves
-        self.rules = rules
         self.active = active
         self.all_active = all(active)
         self.ptrs = ptrs
@@ -141,7 +139,7 @@ def check_gradients(leaves: Sequence[Leaf], grads: Sequence[Any]) -> None:
                 f"{where} is sparse ({g.layout}), and sparse gradients are not supported; "
                 "use sparse=False in the embedding, or torch.optim.SparseAdam or torch.optim.SGD for this parameter"
             )
-        if leaf.param.dtype.is_complex or not leaf.param.dtype.is_floating_point:
+        if not leaf.param.dtype.is_floating_point:
             raise ValueError(f"{where}: only real floating-point parameters can be stepped")
         if g.shape != leaf.shape:
             raise ValueError(f"{where} has shape {tuple(g.shape)}; a gradient must have the shape of its parameter")

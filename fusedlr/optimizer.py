@@ -17,7 +17,8 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hoo
 
 from . import capture, checkpoint, live, registration, scaling
 from .backends import Backend, Executor, Knobs, check_one_executor, choose_backend, executors_for
-from .clipping import Clip, as_clip
+from .clipping import Clip
+from .clipping.fixed import as_clip
 from .clipping.records import Records
 from .gather import Plan, check_gradients
 from .groups import ScheduleArg, Scheduled, scalars_at
@@ -341,7 +342,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
         adopt_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
-        plan = Plan(leaves, rules, active, ptrs, executors)
+        plan = Plan(leaves, active, ptrs, executors)
         for executor in executors:
             executor.prepare(rules)
         plan.layout(grads)

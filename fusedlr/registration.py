@@ -12,7 +12,7 @@ from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from . import live
-from .clipping import as_clip
+from .clipping.fixed import as_clip
 from .flat import rehome
 from .groups import GROUP_KEY, as_schedules, check_parameters, own_tensors, scheduled_scalars
 from .schedules import Schedule

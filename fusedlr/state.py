@@ -22,7 +22,7 @@ from .flat import SMALL, Home, aligned, dense_strides, is_dense, memory_view, ow
 from .precision import GROUP, Precision, Storage, storage_of
 from .rule import Rule
 
-__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_of", "entry_views",
+__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_of", "stored_keys",
            "watched"]  # fmt: skip
 
 # Between the starts of a bank's slots modulo a page. Streams at equal places within their pages compete for the same
@@ -284,10 +284,15 @@ def entry_views(leaf: Leaf) -> dict[str, Tensor]:
     return views | {f"{name}_scale": scale for name, scale in zip(bank.names, leaf.scales, strict=False)}
 
 
+def stored_keys(slots: Sequence[str]) -> list[str]:
+    """The keys that torch.optim does not have: of what a storage keeps beside the slots."""
+    return ["master", "param_low", *(f"{name}_scale" for name in slots)]
+
+
 def entry_of(leaf: Leaf, entry: MutableMapping[str, Any]) -> dict[str, Any]:
     """The entry whose values the leaf has adopted: views of its bank, without what belonged to another storage."""
     assert leaf.bank is not None
-    others = {"master", "param_low", *(f"{name}_scale" for name in leaf.bank.names)}
+    others = stored_keys(leaf.bank.names)
     return {name: value for name, value in entry.items() if name not in others} | entry_views(leaf)
 
 

@@ -1,6 +1,6 @@
 """Thresholds that follow the training: twins of the references in ``fusedlr/clipping/adaptive.py``.
 
-A record is float64: the strategy's settings, then what it remembers of the norms. One program reads and writes it.
+A record is float64: the strategy's settings, then what it remembers of the norms, which one program reads and writes.
 """
 
 import triton

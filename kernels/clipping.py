@@ -1,4 +1,4 @@
-"""Clipping: twins of the factors in ``fusedlr/clipping.py``, and what the skeleton does to each element."""
+"""Clipping: twins of the factors in ``fusedlr/clipping/fixed.py``, and what the skeleton does to each element."""
 
 import triton
 import triton.language as tl

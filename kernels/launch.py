@@ -35,8 +35,8 @@ HALF_BLOCK = 4 * THREADS
 # Rules with so much alive at once that 8 elements a thread would take more than 64 registers.
 WIDE_RULES = ("adadelta", "rmsprop_centered_momentum")
 TAIL = BLOCK if INTERPRETED else THREADS  # the interpreter pays for each iteration, not for registers
-LANES = 128  # tensors that a program looks at together
-# Of decide, which is one program for all tensors and waits for one number after the other: the more the faster.
+LANES = 128  # tensors that a program of step looks at together
+# Those of decide, which is one program for all tensors and waits for one number after the other: the more the faster.
 DECIDE_THREADS = 512
 DECIDE_WARPS = DECIDE_THREADS // (THREADS // NUM_WARPS)
 # The programs of step must all be on the device at once. A bound on registers, which the compiler keeps, says how many

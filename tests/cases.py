@@ -260,13 +260,21 @@ LAYOUTS: dict[str, Layout] = {
     "ones": _plain(1, 1, 6, 1),
 }
 FEW: dict[str, Layout] = {name: LAYOUTS[name] for name in ("channels_last", "0-dim", "empty", "1025", "gaps")}
-# Beyond the limits up to which the PyTorch backend gathers small tensors (2**16) and steps in one chunk (2**18).
+# Beyond the limits up to which the PyTorch backend gathers small tensors (2**16), and a reference rule steps at once
+# (2**18).
 LARGE: dict[str, Layout] = {
     "small": _plain(31),
     "above-2**16": _plain(2**16 + 1),
     "seven": _plain(7),
     "above-2**18": _plain(2**18 + 5),
     "above-2**18-transposed": lambda device, dtype: _values((700, 401), device, dtype).t(),
+}
+# Beyond what an operator takes in one round (2**20 elements of scratch), what is gathered and kept (2**20), and what is
+# gathered at once (2**19).
+HUGE: dict[str, Layout] = {
+    "above-2**20": _plain(2**20 + 5),
+    "above-2**20-transposed": lambda device, dtype: _values((1100, 1001), device, dtype).t(),
+    **{f"small-{i}": _plain(59_999 + i) for i in range(22)},
 }
 TINY: dict[str, Layout] = {f"tiny-{i}": _plain(1 + i % 5) for i in range(60)}
 

@@ -18,13 +18,18 @@ from fusedlr import optimizer as core
 from fusedlr.backends.device import DeviceExecutor
 
 
+def step_by_the_executor_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch backend of accelerators takes the steps, whatever the tensors lie on."""
+    monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+
+
 @pytest.fixture(params=["host", "device", "triton"])
 def executor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The PyTorch backend of CPUs, that of accelerators run on CPU tensors, and Triton."""
     if request.param == "triton":
         pytest.importorskip("triton")
     if request.param == "device":
-        monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+        step_by_the_executor_of_devices(monkeypatch)
     return str(request.param)
 
 

@@ -13,7 +13,8 @@ from fusedlr.kernels import launch
 from torch import Tensor
 
 from fusedlr.rule import Rule
-from fusedlr.schedules import Schedule, pack
+from fusedlr.schedules import Schedule
+from fusedlr.schedules.program import pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from executors import step_by_the_executor_of_devices
 from fusedlr.kernels import launch, launch_trust
 
 import fusedlr
@@ -58,10 +59,6 @@ def give(params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
 
 def snapshot(optimizer: Any) -> list[torch.Tensor]:
     return [t.clone() for p, entry in optimizer.state.items() for t in (p.detach(), *entry.values())]
-
-
-def on_the_executor_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
 
 
 def test_the_first_step_cannot_be_captured(graph: Graph) -> None:
@@ -121,7 +118,7 @@ def test_raise_cannot_be_captured(graph: Graph) -> None:
 def test_a_schedule_of_the_host_cannot_be_captured(
     schedule: Any, graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    on_the_executor_of_devices(monkeypatch)
+    step_by_the_executor_of_devices(monkeypatch)
     optimizer, _ = make(backend="torch", schedule=schedule)
     optimizer.step()
     before = snapshot(optimizer)
@@ -131,7 +128,7 @@ def test_a_schedule_of_the_host_cannot_be_captured(
 
 
 def test_the_executor_of_devices_is_captured_without_a_schedule(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_the_executor_of_devices(monkeypatch)
+    step_by_the_executor_of_devices(monkeypatch)
     optimizer, _ = make(backend="torch")
     optimizer.step()
     with graph:

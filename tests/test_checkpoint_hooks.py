@@ -143,18 +143,6 @@ def test_steps_that_torch_took_in_between_move_the_clock() -> None:
     assert again.steps_taken == 13
 
 
-def test_an_override_survives_a_checkpoint_of_our_own() -> None:
-    p = Parameter(torch.ones(3))
-    optimizer = fusedlr.AdamW([p], lr=0.1, schedule=schedules.Linear(40, 1.0, 0.0))
-    stepped(optimizer, 3)
-    optimizer.param_groups[0]["lr"] = 0.5
-    stepped(optimizer, 1)
-    other = fusedlr.AdamW([p], lr=0.1, schedule=schedules.Linear(40, 1.0, 0.0))
-    other.load_state_dict(optimizer.state_dict())
-    stepped(other, 1)
-    assert other.last_lr == [0.5]
-
-
 def test_a_first_step_that_was_left_out_is_no_state_to_torch() -> None:
     """torch begins a momentum buffer with the whole first gradient, whatever the dampening."""
     p = Parameter(torch.ones(3))

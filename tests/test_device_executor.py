@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from executors import step_by_the_executor_of_devices
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedlr
-from fusedlr import optimizer as core
 from fusedlr import schedules
-from fusedlr.backends.device import DeviceExecutor
 from fusedlr.clipping import GlobalNorm, Normalize, TensorNorm, Value
 
 MAKERS: dict[str, Any] = {
@@ -48,7 +47,7 @@ RTOL = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2.0**-7, torc
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the executor of accelerators."""
-    monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+    step_by_the_executor_of_devices(monkeypatch)
 
 
 def make_params(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -94,7 +93,7 @@ def assert_equal_runs(a: Any, b: Any, dtype: torch.dtype) -> None:
 def test_the_same_numbers_as_on_the_host(name: str, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = schedules.Warmup(2).then(schedules.Cosine(4, min_lr=0.0))
     host = train(name, torch.float32, [None] * 4, clip=clip, schedule=schedule)
-    monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+    step_by_the_executor_of_devices(monkeypatch)
     device = train(name, torch.float32, [None] * 4, clip=clip, schedule=schedule)
     assert_equal_runs(device, host, torch.float32)
     if clip is not None and clip.scope is not None:
@@ -107,7 +106,7 @@ def test_the_same_numbers_as_on_the_host(name: str, clip: Any, monkeypatch: pyte
 )
 def test_all_dtypes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     host = train(name, dtype, [None] * 4, clip=1.0)
-    monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+    step_by_the_executor_of_devices(monkeypatch)
     assert_equal_runs(train(name, dtype, [None] * 4, clip=1.0), host, dtype)
 
 
@@ -182,7 +181,8 @@ def test_norms_keep_their_range(value: float, as_on_a_device: None) -> None:
         optimizer.step()
         largest = float(p.grad[0])
         wanted = largest * 1000 ** (1 / norm_type)
-        assert float(optimizer.last_grad_norm) == pytest.approx(wanted, rel=1e-6)  # type: ignore[arg-type]
+        norm = float(optimizer.last_grad_norm)  # type: ignore[arg-type]
+        assert norm == pytest.approx(wanted, rel=1e-6, abs=1.5e-45)  # the least float32 numbers have few digits
 
 
 WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"}

@@ -54,9 +54,8 @@ def test_what_is_not_up_to_date_is_noticed(
 
 def test_every_schedule_has_a_section_and_a_picture(build: Any) -> None:
     made_by_methods = {"Schedule", "Chain", "ForSteps", "PerEpoch", "Product", "MomentumCycle"}
-    tools = {"Kind", "Packed", "Row", "pack", "value"}
     members = {name for part in build.SCHEDULES.values() for name in part}
-    assert members == set(schedules.__all__) - made_by_methods - tools
+    assert members == set(schedules.__all__) - made_by_methods
     pictured = {name for part in build.SCHEDULES.values() for name, (expression, _) in part.items() if expression}
     assert members - pictured == {"from_torch", "Plateau"}
 
@@ -147,7 +146,7 @@ def test_bytes_are_those_of_the_arrays() -> None:
 
 
 def test_every_clip_has_a_section(build: Any) -> None:
-    names = set(clipping.__all__) - {"Clip", "as_clip"}
+    names = set(clipping.__all__) - {"Clip"}
     assert names
     assert names <= set(headings("clipping.md"))
 
@@ -155,7 +154,7 @@ def test_every_clip_has_a_section(build: Any) -> None:
 def test_every_exported_name_is_in_the_documentation() -> None:
     told = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     names = [*fusedlr.optimizers.__all__, *clipping.__all__, *fusedlr.__all__]
-    internal = {"FusedOptimizer", "__version__", "Clip", "as_clip"}
+    internal = {"FusedOptimizer", "__version__", "Clip"}
     assert {name for name in names if not re.search(rf"\b{name}\b", told)} <= internal
 
 

@@ -147,4 +147,4 @@ def test_factors_of_a_product_end_with_their_part() -> None:
         chain = first.then(second)
         for t in range(14):
             expected = first(t, 1.0) if t < 2 else second(t - 2, 1.0)
-            assert chain(t, 1.0) == pytest.approx(expected, rel=1e-15), (second, t)
+            assert chain(t, 1.0) == pytest.approx(expected, rel=1e-15, abs=0), (second, t)

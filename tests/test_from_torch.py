@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler as theirs
 
 from fusedlr import schedules as s
 from fusedlr.schedules import Schedule, from_torch
+from fusedlr.schedules.program import value
 
 BASE = 0.1
 # SequentialLR calls its parts with an epoch, and tests step schedulers without their optimizer.
@@ -119,7 +120,7 @@ def oracle(make: Make, steps: int, o: torch.optim.Optimizer | None = None) -> tu
 
 def curve(schedule: Schedule, base: float, steps: int) -> list[float]:
     rows = schedule.rows(base)
-    return [s.value(rows, t) for t in range(steps)]
+    return [value(rows, t) for t in range(steps)]
 
 
 @pytest.mark.parametrize("name", CLOSED)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from fusedlr.kernels import formats, launch  # noqa: E402
+from fusedlr.kernels import launch  # noqa: E402
 from kernel_tables import DEVICE, Guarded, applied, measured  # noqa: E402
 from test_twins import RULES  # noqa: E402
 
@@ -125,7 +125,7 @@ def test_fp16_and_bf16_norms_that_their_own_dtype_could_not_hold() -> None:
     for dtype, value in ((torch.float16, 6e4), (torch.bfloat16, 3e38), (torch.float16, 6e-8), (torch.bfloat16, 1e-40)):
         g = torch.full((2000,), value, dtype=dtype, device=DEVICE)
         sums, scales = measured([g])
-        assert combined(sums, scales, 2.0) == pytest.approx(float(g[0]) * math.sqrt(2000), rel=EUCLID_RTOL)
+        assert combined(sums, scales, 2.0) == pytest.approx(float(g[0]) * math.sqrt(2000), rel=EUCLID_RTOL, abs=0)
 
 
 @pytest.mark.parametrize("numel", [5, 1024, 2100])
@@ -288,15 +288,13 @@ def awkward_numbers() -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=short)
-@pytest.mark.parametrize("how", ["what launches use", "nearest_interpreted"])
-def test_storage_rounds_to_nearest_even_as_torch_does(how: str, dtype: torch.dtype, seed: int) -> None:
+def test_storage_rounds_to_nearest_even_as_torch_does(dtype: torch.dtype, seed: int) -> None:
     chosen = launch.apply_constants("sgd", "SGDHyper", clamp=False, dtype=dtype, grad_dtype=dtype, state_dtypes=())[
         "ROUND"
     ]
     x = awkward_numbers().to(DEVICE)
     y = torch.zeros(len(x), dtype=dtype, device=DEVICE)
-    rounding = formats.nearest_interpreted if how == "nearest_interpreted" else chosen
-    convert[(len(x) // 4096,)](x, y, ROUND=rounding, DTYPE=launch.DTYPES[dtype], BLOCK=4096)
+    convert[(len(x) // 4096,)](x, y, ROUND=chosen, DTYPE=launch.DTYPES[dtype], BLOCK=4096)
     expected = x.to(dtype)
     nan = expected.isnan()
     assert torch.equal(y.isnan(), nan)

@@ -142,19 +142,6 @@ def test_four_launches_where_units_have_factors(watch: Watch, monkeypatch: pytes
         watch.clear()
 
 
-@pytest.mark.parametrize("clip", [None, fusedlr.clipping.Value(1.0)], ids=repr)
-def test_nothing_is_measured_where_no_norm_is_needed(watch: Watch, clip: Any) -> None:
-    optimizer = adamw(parameters(3, 2000), clip=clip)
-    optimizer.step()
-    assert watch.launches == {"decide": 1, "apply": 1}
-
-
-@pytest.mark.parametrize("mode", ["skip", "raise"])
-def test_looking_for_non_finite_values_measures(watch: Watch, mode: str) -> None:
-    adamw(parameters(3), nonfinite=mode).step()
-    assert watch.launches == {"measure": 1, "decide": 1, "apply": 1}
-
-
 def test_a_bucket_for_each_dtype_and_rule(watch: Watch) -> None:
     narrow, wide, plain = parameters(3, 5), parameters(4, dtype=torch.float64), parameters(6, 7)
     adamw([{"params": narrow + wide}, {"params": plain, "amsgrad": True}], clip=1.0).step()

@@ -19,6 +19,7 @@ from cases import (
     CLIPS,
     DTYPES,
     FEW,
+    HUGE,
     LARGE,
     LAYOUTS,
     TINY,
@@ -35,6 +36,7 @@ from torch import Tensor
 
 import fusedlr
 from fusedlr import clipping
+from fusedlr.backends.batches import CHUNK, KEPT, LONGEST, ROUND
 
 STEPS = 4
 
@@ -198,6 +200,23 @@ def test_every_clip(name: str, backend: str, flatten: bool, clip: Any, seed: int
 @pytest.mark.parametrize("name", ["sgd-nesterov", "adam-amsgrad", "adamw-default", "nadam-decay", "adagrad-default"])
 def test_tensors_larger_than_a_chunk(name: str, dtype: torch.dtype, clip: Any, flatten: bool, seed: int) -> None:
     check_step_by_step(BY_NAME[name], LARGE, dtype, "cpu", clip, backend="torch", flatten=flatten)
+
+
+@pytest.mark.parametrize(
+    "name, clip",
+    [
+        ("adamw-default", None),
+        ("adamw-default", clipping.GlobalNorm(5.0)),
+        ("adamw-default", clipping.GlobalNorm(5.0, 3.0)),
+        ("adagrad-default", clipping.Value(1.0)),
+        ("sgd-momentum", clipping.TensorNorm(1.0)),
+        ("sgd-nesterov", clipping.GlobalNorm(5.0)),
+    ],
+    ids=str,
+)
+def test_models_larger_than_the_scratch(name: str, clip: Any, seed: int) -> None:
+    assert max(CHUNK, ROUND, KEPT) < 2**20 + 5 and max(KEPT, 2 * LONGEST) < 22 * 60_000
+    check_step_by_step(BY_NAME[name], HUGE, torch.float32, "cpu", clip, backend="torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS
-from executors import never_waiting
+from executors import never_waiting, step_by_the_executor_of_devices
 from test_device_executor import NoWait
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from training import gradients, make_model, split_groups, through_file, train
 
 import fusedlr
-from fusedlr import optimizer as core
 from fusedlr import schedules as s
-from fusedlr.backends.device import DeviceExecutor
 
 LRS = (0.8, 0.3)
 
@@ -246,7 +244,7 @@ def test_no_wait_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors in the accelerator's executor, with a state that is taken for a device's."""
     from fusedlr.live import Metered
 
-    monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+    step_by_the_executor_of_devices(monkeypatch)
     held = property(lambda self: value if isinstance(value := self.state.get("value"), torch.Tensor) else None)
     monkeypatch.setattr(Metered, "device_value", held)
     optimizer = fusedlr.SGD(groups(), lr=1.0, schedule=s.Warmup(2).then(s.Plateau(factor=0.5, patience=0)))

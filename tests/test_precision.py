@@ -21,12 +21,11 @@ from cases import (
     make_params,
     twin_of,
 )
+from executors import step_by_the_executor_of_devices
 from torch import Tensor, nn
 
 import fusedlr
 from fusedlr import Precision, clipping, codecs
-from fusedlr import optimizer as core
-from fusedlr.backends.device import DeviceExecutor
 from fusedlr.conversion import full_slot
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -196,7 +195,7 @@ def test_the_bits_do_not_depend_on_backend_batching_or_grid(
         patch.setattr(launch, "chunk_size_for", lambda numel: 4 * launch.BLOCK)
         assert_same_bits(together, run_bits(MIXED, precision, triton_device, backend="triton", flatten=False))
     with monkeypatch.context() as patch:
-        patch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+        step_by_the_executor_of_devices(patch)
         assert_same_bits(together, run_bits(MIXED, precision))
 
 
@@ -310,7 +309,7 @@ def test_a_skipped_step_changes_no_array(
     how: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "device":
-        monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+        step_by_the_executor_of_devices(monkeypatch)
     backend = "triton" if how == "triton" else "torch"
     p = nn.Parameter(torch.randn(300).bfloat16().to(triton_device if how == "triton" else "cpu"))
     optimizer = fusedlr.AdamW([p], precision=Precision.compact(), nonfinite="skip", backend=backend)

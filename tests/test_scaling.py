@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS
+from executors import step_by_the_executor_of_devices
 from torch import Tensor
 
 import fusedlr
-from fusedlr import optimizer as core
 from fusedlr import schedules
-from fusedlr.backends.device import DeviceExecutor
 from fusedlr.clipping import GlobalNorm, Normalize, TensorNorm, Value
 
 MAKERS: dict[str, Any] = {
@@ -49,7 +48,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if torch.cuda.is_available():
             pytest.skip("the gradients are made on the CPU, where a GPU runs no interpreter")
     if request.param == "device":
-        monkeypatch.setattr(core, "executors_for", lambda backend, leaves: [DeviceExecutor(leaves, None)])
+        step_by_the_executor_of_devices(monkeypatch)
         return "torch"
     return str(request.param)
 

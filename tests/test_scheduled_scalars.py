@@ -45,9 +45,9 @@ def test_all_scalars_of_adamw_move(backend: str, seed: int) -> None:
         optimizer.step()
         oracle.step()
         for ours, theirs in zip(optimizer.param_groups, oracle.param_groups, strict=True):
-            assert ours["betas"] == pytest.approx(theirs["betas"], rel=1e-15)
+            assert ours["betas"] == pytest.approx(theirs["betas"], rel=1e-15, abs=0)
             for name in ("lr", "weight_decay"):
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-15)
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-15, abs=0)
     assert_same_model(model, other, **CLOSE)
 
 
@@ -90,7 +90,7 @@ def test_a_cycle_inside_a_dict_or_a_chain_drives_the_momentum_too() -> None:
             seen.append(optimizer.param_groups[0]["betas"][0])
         start = [0.7] if isinstance(schedule, s.Chain) else []  # the warm-up leaves beta1 at its base
         expected = start + [cycle.momentum_schedule()(t, 1.0) for t in range(4)]  # type: ignore[union-attr]
-        assert seen == pytest.approx(expected[:4], rel=1e-15)
+        assert seen == pytest.approx(expected[:4], rel=1e-15, abs=0)
 
 
 def test_what_composes_a_cycle_composes_its_momentum() -> None:

@@ -1,8 +1,9 @@
 """The Triton backend: builds the tables the kernels read, and launches measure, decide and apply.
 
-Per device: the clock, the partial sums, the scalars of the groups, the schedules' programs. Per bucket (leaves of one
-device, rule, dtype and dtype of the gradients): the pointer table, the chunk table, the rows. A table travels to the
-device only when the host sees that it changed. On CPU tensors the same code runs in Triton's interpreter.
+Per device: the clock, the partial sums, the clip's record. Per bucket (leaves of one device, rule, dtype and dtype of
+the gradients): the tables of pointers and chunks, the scalars of the groups, the schedules' programs, the rows. A table
+travels to the device only when the host sees that it changed. On CPU tensors the same code runs in Triton's
+interpreter.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gradient clipping: specifications, and the reference of what each does to a gradient."""
 
 from .adaptive import AGC, AutoClip, ZClip
-from .fixed import Clip, GlobalNorm, Normalize, TensorNorm, Value, as_clip
+from .fixed import Clip, GlobalNorm, Normalize, TensorNorm, Value
 
-__all__ = ["AGC", "AutoClip", "Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "ZClip", "as_clip"]
+__all__ = ["AGC", "AutoClip", "Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "ZClip"]

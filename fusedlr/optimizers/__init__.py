@@ -22,7 +22,8 @@ Differs from torch:
     - Clipping happens inside the update: ``p.grad`` still holds the unclipped gradient after a step.
     - Numbers that all elements of a tensor share are taken in float64, whatever the parameter is.
     - bfloat16 and float16 parameters are computed in float32 and rounded once, when stored. torch's for-loop and
-      foreach versions round after every operation. The state has the dtype of the parameter, as in torch.
+      foreach versions round after every operation. The state has the dtype of the parameter, as in torch, unless
+      ``precision`` says otherwise.
     - Parameters are moved into flat buffers when the optimizer is made (``flatten=False`` leaves them where they are).
     - ``foreach``, ``fused`` and ``capturable`` choose nothing. ``differentiable=True``, complex parameters and sparse
       gradients are errors.

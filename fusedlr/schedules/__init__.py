@@ -17,7 +17,6 @@ from .decays import (
     StepDecay,
 )
 from .live import Plateau, TimeDecay
-from .program import Kind, Packed, Row, pack, value
 from .ramps import Constant, Cosine, Linear, Polynomial, Warmup
 from .tables import Lambda, Table
 from .torch_schedulers import from_torch
@@ -34,7 +33,6 @@ __all__ = [
     "ForSteps",
     "InverseSqrt",
     "InverseTimeDecay",
-    "Kind",
     "Lambda",
     "Linear",
     "LinearDecay",
@@ -42,13 +40,11 @@ __all__ = [
     "MultiStepDecay",
     "Noam",
     "OneCycle",
-    "Packed",
     "PerEpoch",
     "Plateau",
     "Polynomial",
     "PowerDecay",
     "Product",
-    "Row",
     "Schedule",
     "SqrtDecay",
     "StepDecay",
@@ -56,8 +52,6 @@ __all__ = [
     "TimeDecay",
     "Warmup",
     "from_torch",
-    "pack",
     "per_epoch",
     "product",
-    "value",
 ]
