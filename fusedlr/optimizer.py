@@ -76,7 +76,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._grad_divisor: Any = scaling.UNSCALED.divisor
         self._step_supports_amp_scaling = False
         self._reset()
-        defaults = {**self._validated(defaults), "schedule": schedule, "clip": self._clip, "norm_group": None}
+        defaults = {**self._checked(defaults), "schedule": schedule, "clip": self._clip, "norm_group": None}
         super().__init__(params, defaults)
         registration.register(self)
 
@@ -109,6 +109,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _rule(self, group: dict[str, Any]) -> Rule:
         """The rule that a param group's flags ask for."""
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments, after a check of each."""
+        betas = values.get("betas")
+        if betas is not None and len(betas) != 2:  # torch reads the first two, or says that an index is out of range
+            raise ValueError(f"betas must be two numbers, but got {betas!r}")
+        return cls._validated(values)
 
     @classmethod
     def _validated(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def check_group(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not possible here; use the optimizer of torch.optim")
     given = {k: v for k, v in {**optimizer.defaults, **group}.items() if k in optimizer.defaults}
-    optimizer._validated(given)
+    optimizer._checked(given)
 
 
 def prepare_group(optimizer: FusedOptimizer, index: int) -> None:

@@ -20,7 +20,7 @@ def _aligned(arguments: tuple[Any, ...]) -> bool:
     """Whether Triton may count on all tensors to begin at a multiple of 16 bytes."""
     bits = 0
     for argument in arguments:
-        if type(argument) is Tensor:
+        if isinstance(argument, Tensor):
             bits |= argument.data_ptr()
     return not bits & 15
 

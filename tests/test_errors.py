@@ -104,9 +104,15 @@ def test_lion_refuses_what_adamw_refuses_in_the_same_words(arguments: dict[str, 
         optimizer.add_param_group({"params": [param(3)], **arguments})
 
 
-def test_lion_takes_two_betas() -> None:
-    with pytest.raises(ValueError, match=re.escape("betas must be two numbers, but got (0.9, 0.99, 0.5)")):
-        fusedlr.Lion([param(2)], betas=(0.9, 0.99, 0.5))  # type: ignore[arg-type]
+@pytest.mark.parametrize("betas", [(0.9, 0.99, 0.5), (0.9,)])
+@pytest.mark.parametrize("cls", [fusedlr.Lion, fusedlr.LAMB, fusedlr.Adam, fusedlr.NAdam])
+def test_there_are_two_betas(cls: Any, betas: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"betas must be two numbers, but got {betas!r}")):
+        cls([param(2)], betas=betas)
+    optimizer = cls([param(2)])
+    with pytest.raises(ValueError, match=re.escape(f"betas must be two numbers, but got {betas!r}")):
+        optimizer.add_param_group({"params": [param(3)], "betas": betas})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("name", NAMES + MORE)

@@ -217,20 +217,8 @@ class LAMB(FusedOptimizer):
 
     @classmethod
     def _validated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        lr, betas = values["lr"], values["betas"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:  # NaN included
-            raise ValueError(f"Invalid learning rate: {lr}")
-        if not values["eps"] >= 0.0:
-            raise ValueError(f"Invalid epsilon value: {values['eps']}")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, but got {betas!r}")
-        if not values["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {values['weight_decay']}")
+        # AdamW has all of these, and torch checks them in its words.
+        torch.optim.AdamW([torch.zeros(1)], **{name: values[name] for name in ("lr", "betas", "eps", "weight_decay")})
         return dict(values)
 
     def _rule(self, group: dict[str, Any]) -> Rule:

@@ -151,18 +151,8 @@ class Lion(FusedOptimizer):
 
     @classmethod
     def _validated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        lr, betas, weight_decay = values["lr"], values["betas"], values["weight_decay"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not lr >= 0.0:  # NaN included
-            raise ValueError(f"Invalid learning rate: {lr}")
-        for i, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        if len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, but got {betas!r}")
-        if not weight_decay >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        # AdamW has all of these, and torch checks them in its words.
+        torch.optim.AdamW([torch.zeros(1)], **{name: values[name] for name in ("lr", "betas", "weight_decay")})
         return dict(values)
 
     def _rule(self, group: dict[str, Any]) -> Rule:
