@@ -206,19 +206,12 @@ def launch_decide(
     norm: Tensor,
     skip: Tensor,
     record: Tensor | None = None,
-    *,
-    row_name: str,
-    factor_name: str,
-    scope: str | None,
-    mode: int,
-    guard: bool,
-    count: bool,
-    last: bool,
-    n_row_scalars: int,
-    dtype: torch.dtype,
-    threshold_name: str | None = None,
+    **choices: Any,
 ) -> None:
-    """One row a tensor into ``rows``, the norm, the decision to skip, and the counts of steps."""
+    """One row a tensor into ``rows``, the norm, the decision to skip, and the counts of steps.
+
+    ``choices`` are the arguments of ``decide_constants``.
+    """
     arguments = (
         partials,
         n_partials,
@@ -242,20 +235,7 @@ def launch_decide(
         skip,
         record,
     )
-    constants = decide_constants(
-        row_name,
-        factor_name,
-        scope,
-        mode,
-        guard=guard,
-        count=count,
-        last=last,
-        n_row_scalars=n_row_scalars,
-        n_fields=rows.shape[1] - 2,
-        dtype=dtype,
-        threshold_name=threshold_name,
-    )
-    _decide(1, arguments, constants)
+    _decide(1, arguments, decide_constants(n_fields=rows.shape[1] - 2, **choices))
 
 
 def launch_apply(
@@ -267,26 +247,13 @@ def launch_apply(
     chunk_size: int,
     units: Tensor | None = None,
     factors: Tensor | None = None,
-    *,
-    rule_name: str,
-    hyper_name: str,
-    clamp: bool,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    state_dtypes: tuple[torch.dtype, ...],
-    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
+    **choices: Any,
 ) -> None:
-    """One pass over parameters and state; with ``units``, each unit's gradient by its factor."""
-    constants = apply_constants(
-        rule_name,
-        hyper_name,
-        clamp=clamp,
-        dtype=dtype,
-        grad_dtype=grad_dtype,
-        state_dtypes=state_dtypes,
-        storage=storage,
-        units=units is not None,
-    )
+    """One pass over parameters and state; with ``units``, each unit's gradient by its factor.
+
+    ``choices`` are the other arguments of ``apply_constants``.
+    """
+    constants = apply_constants(units=units is not None, **choices)
     _apply(n_chunks, (segments, chunks, rows, skip, n_chunks, chunk_size, units, factors), constants)
 
 

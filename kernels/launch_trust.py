@@ -70,25 +70,13 @@ def launch_trust(
     partials: Tensor,
     tensors: Tensor,
     first_partial: int,
-    *,
-    rule_name: str,
-    hyper_name: str,
-    clamp: bool,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    state_dtypes: tuple[torch.dtype, ...],
-    storage: tuple[str, str, tuple[bool, ...]] = PLAIN,
+    **choices: Any,
 ) -> None:
-    """The trust ratio of each tensor into the last field of its row, in two launches: norms, then ratios."""
-    norms, ratios = trust_constants(
-        rule_name,
-        hyper_name,
-        clamp=clamp,
-        dtype=dtype,
-        grad_dtype=grad_dtype,
-        state_dtypes=state_dtypes,
-        storage=storage,
-    )
+    """The trust ratio of each tensor into the last field of its row, in two launches: norms, then ratios.
+
+    ``choices`` are the arguments of ``trust_constants``.
+    """
+    norms, ratios = trust_constants(**choices)
     width = rows.shape[1]
     _norms(n_chunks, (segments, chunks, rows, width, skip, partials, n_chunks, chunk_size), norms)
     where = (partials, n_chunks, tensors, tensors.shape[1], first_partial, rows, width, skip)
