@@ -193,40 +193,44 @@ class Scheduled:
         """The value the schedule starts from."""
         return float(self.group["initial_lr"] if self.name == "lr" else self.group[GROUP_KEY]["base"][self.name])
 
-    def overridden(self) -> bool:
-        """Whether somebody else wrote the scalar since fusedlr did."""
-        current = read(self.group, self.name)[self.name]
-        if isinstance(current, Tensor) and current.device.type != "cpu":
-            # Its version counts the writes; to look at the value would be to wait for the device.
-            return current is not self._shown or current._version != self._version
-        return _differs(current, self.group[GROUP_KEY]["written"][self.name])
-
     @property
     def rows(self) -> list[Row]:
         """The program; it is made again only when the base changes."""
         base = self.base
         if base != self._rows_base:
             self._rows, self._rows_base = self.schedule.rows(base), base
-            self._values = []
         return self._rows
+
+    def overridden(self) -> bool:
+        """Whether somebody else wrote the scalar since fusedlr did."""
+        return self.overridden_by(read(self.group, self.name)[self.name])
+
+    def overridden_by(self, current: Any) -> bool:
+        """Whether this, which stands in the group, is not what fusedlr wrote last."""
+        if isinstance(current, Tensor) and current.device.type != "cpu":
+            # Its version counts the writes; to look at the value would be to wait for the device.
+            return current is not self._shown or current._version != self._version
+        return _differs(current, self.group[GROUP_KEY]["written"][self.name])
 
     def at(self, t: int, number: float | None = None) -> float:
         """The scheduled value at step t; ``number`` takes the place of the one that it follows beside the steps."""
-        rows = self.rows
         if self.live is None:
             i = t - self._first
-            if not 0 <= i < len(self._values):
+            if not 0 <= i < len(self._values) or self.base != self._rows_base:
+                rows = self.rows
                 self._values, self._first, i = [value_at(rows, t + k) for k in range(AHEAD)], t, 0
             return self._values[i]
+        rows = self.rows
         if number is None:
             number = self.live.number(next((row.values[0] for row in rows if row.kind == Kind.LIVE), 0.0))
         return value_at([row._replace(values=(number,)) if row.kind == Kind.LIVE else row for row in rows], t)
 
     def show(self, used: float) -> None:
         """Write the value that a step used into the group."""
-        write(self.group, self.name, used)
-        self.group[GROUP_KEY]["written"][self.name] = used
-        current = read(self.group, self.name)[self.name]
+        group, name = self.group, self.name
+        write(group, name, used)
+        group[GROUP_KEY]["written"][name] = used
+        current = group.get(name)  # betas have become numbers
         if isinstance(current, Tensor):
             self._shown, self._version = current, current._version
 
@@ -268,17 +272,17 @@ def scalars_at(
     groups: Sequence[Mapping[str, Any]],
     names: Sequence[Sequence[str]],
     schedules: Sequence[Sequence[Scheduled]],
-) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
-    """The hyper-parameters of step t, one dict a group, and which of them a schedule drives, to what value.
+) -> tuple[list[dict[str, Any]], list[list[Scheduled]]]:
+    """The hyper-parameters of step t, one dict a group, and which of each group's a schedule drives.
 
     The groups themselves are not changed.
     """
     values, driven = [], []
     for group, wanted, scheduled in zip(groups, names, schedules, strict=True):
         scalars = read(group, *wanted)
-        for s in scheduled:
-            if not s.overridden():
-                scalars[s.name] = value = s.at(t)
-                driven.append((s, value))
+        mine = [s for s in scheduled if not s.overridden_by(scalars[s.name])]
+        for s in mine:
+            scalars[s.name] = s.at(t)
         values.append(scalars)
+        driven.append(mine)
     return values, driven

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
@@ -86,8 +87,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._leaves: list[Leaf] = []
         self._params: list[Tensor] = []
         self._sizes: list[int] = []  # of the groups that are registered, ...
-        self._bound: list[dict[str, Any]] = []  # ... which are these, ...
-        self._given: list[Any] = []  # ... with these schedules
+        self._registered: list[Any] = []  # ... which are these, with their schedules and parameters
         self._schedules: list[list[Scheduled]] = []
         self._timed: list[tuple[Scheduled, live.Timed]] = []
         self._max_norm_schedule: Any = None
@@ -235,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
             or _global_pre_hooks
             or _global_post_hooks
-            or torch._C._autograd._profiler_enabled()
+            or profiler._is_profiler_enabled
         ):
             return _hooked_step(self) if closure is None else _hooked_step(self, closure)
         return self._step(closure)
@@ -278,7 +278,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             knobs = Knobs(
                 scalars=scalars,
                 maximize=[bool(group["maximize"]) for group in self.param_groups],
-                schedules=self._schedules,
+                driven=driven,
+                scheduled=any(self._schedules),
                 max_norm_schedule=self._max_norm_schedule,
                 t=self._t,
                 clip=self._clip,
@@ -370,7 +371,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             clock[1].fill_(self._skipped_before)
         return self._clocks[device]
 
-    def _scalars(self, rules: list[Rule] | None = None) -> tuple[list[dict[str, Any]], list[tuple[Scheduled, float]]]:
+    def _scalars(self, rules: list[Rule] | None = None) -> tuple[list[dict[str, Any]], list[list[Scheduled]]]:
         groups = self.param_groups
         names = [rule.scalars for rule in rules or [self._rule(group) for group in groups]]
         return scalars_at(self._t, groups, names, self._schedules)
@@ -383,12 +384,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             max_norm = self._max_norm_schedule(self._t, max_norm)
         return max_norm, eps, limit
 
-    def _show(self, scalars: list[dict[str, Any]], driven: list[tuple[Scheduled, float]]) -> None:
-        for scheduled, value in driven:
-            scheduled.show(value)
-        lrs = (values["lr"] for values in scalars)
-        # A tensor may be filled before somebody asks. That of a GPU is not copied: it would be one launch more.
-        self._last_lr = [lr.clone() if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr for lr in lrs]
+    def _show(self, scalars: list[dict[str, Any]], driven: list[list[Scheduled]]) -> None:
+        self._last_lr = []
+        for values, mine in zip(scalars, driven, strict=True):
+            for s in mine:
+                s.show(values[s.name])
+            lr = values["lr"]
+            # A tensor may be filled before somebody asks. That of a GPU is not copied: it would be one launch more.
+            self._last_lr.append(lr.clone() if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr)
 
     # ---- state that others touch -------------------------------------------------------------------------------
 

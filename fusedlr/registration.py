@@ -60,12 +60,9 @@ def is_current(optimizer: FusedOptimizer) -> bool:
     """Whether the groups, their schedules and their parameters are those that were registered."""
     groups = optimizer.param_groups
     lists = list(map(_params, groups))
-    return (
-        list(map(len, lists)) == optimizer._sizes
-        and all(map(is_, groups, optimizer._bound))
-        and all(map(is_, map(_schedule, groups), optimizer._given))
-        and all(map(is_, chain.from_iterable(lists), optimizer._params))
-    )
+    if list(map(len, lists)) != optimizer._sizes:
+        return False
+    return all(map(is_, chain(groups, map(_schedule, groups), *lists), optimizer._registered))
 
 
 def register(optimizer: FusedOptimizer) -> None:
@@ -105,8 +102,7 @@ def bind_groups(optimizer: FusedOptimizer) -> None:
     optimizer._schedules = schedules
     optimizer._max_norm_schedule = max_norm
     optimizer._timed = live.timed(schedules)
-    optimizer._bound = list(groups)
-    optimizer._given = list(map(_schedule, groups))
+    optimizer._registered = [*groups, *map(_schedule, groups), *optimizer._params]
 
 
 def _max_norm_schedule(optimizer: FusedOptimizer, given: Sequence[Mapping[str, Schedule]]) -> Schedule | None:

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 # Not `import torch`: the module torch.py of this package takes that name here once it is imported.
@@ -33,7 +33,9 @@ class Knobs:
     Args:
         scalars: the hyper-parameters of each group by name, schedules and outside writes taken into account.
         maximize: whether each group ascends.
-        schedules: the scheduled scalars of each group, for a backend that evaluates them on the device.
+        driven: the scalars of each group that a schedule drives in this step, for a backend that evaluates them on
+            the device.
+        scheduled: whether any scalar of a group has a schedule, driven by it or not.
         max_norm_schedule: the schedule of the clip's threshold, or None.
         t: the clock: steps taken so far, as far as the host knows.
         clip: the clipping strategy, or None.
@@ -45,11 +47,15 @@ class Knobs:
         grad_norm: where the global norm goes, or None.
         clock: gives the int64 tensor (t, skipped steps) of a device.
         records: what the clip keeps on each device.
+        scope: over what a norm is needed: "global", "tensor", "unit", or None for no norm.
+        measures: whether the gradients must be read before the update.
+        norm_type: the p of the norm; looking for non-finite values alone takes the cheapest one.
     """
 
     scalars: list[dict[str, Any]]
     maximize: list[bool]
-    schedules: list[list[Scheduled]]
+    driven: list[list[Scheduled]]
+    scheduled: bool
     max_norm_schedule: Any
     t: int
     clip: Clip | None
@@ -61,21 +67,14 @@ class Knobs:
     grad_norm: Tensor | None
     clock: Callable[[device], Tensor]
     records: Records
+    scope: str | None = field(init=False)
+    measures: bool = field(init=False)
+    norm_type: float = field(init=False)
 
-    @property
-    def scope(self) -> str | None:
-        """Over what a norm is needed: "global", "tensor", "unit", or None for no norm."""
-        return self.clip.scope if self.clip is not None else None
-
-    @property
-    def measures(self) -> bool:
-        """Whether the gradients must be read before the update."""
-        return self.scope is not None or self.nonfinite != "propagate"
-
-    @property
-    def norm_type(self) -> float:
-        """The p of the norm; looking for non-finite values alone takes the cheapest one."""
-        return float(getattr(self.clip, "norm_type", 2.0))
+    def __post_init__(self) -> None:
+        self.scope = self.clip.scope if self.clip is not None else None
+        self.measures = self.scope is not None or self.nonfinite != "propagate"
+        self.norm_type = getattr(self.clip, "norm_type", 2.0)
 
 
 class Executor(ABC):

@@ -45,14 +45,15 @@ def pieces(x: Tensor, size: int = CHUNK) -> Sequence[Tensor]:
 class Batch:
     """One leaf, or small neighbours; ``param`` is None where the only leaf has strides that leave gaps."""
 
-    __slots__ = ("_others", "_padded", "_place", "_runs", "_take_runs", "_targets", "dtype", "extra", "gathered",
-                 "leaves", "norms", "numel", "ordered", "param", "positions", "rows", "scales", "slots", "spans",
-                 "storage", "whole")  # fmt: skip
+    __slots__ = ("_others", "_padded", "_place", "_runs", "_take_runs", "_targets", "alone", "dtype", "extra",
+                 "gathered", "leaves", "norms", "numel", "ordered", "param", "positions", "rows", "scales", "slots",
+                 "spans", "storage", "whole")  # fmt: skip
 
     def __init__(self, positions: list[int], leaves: list[Leaf]) -> None:
         first = leaves[0]
         self.positions = positions
         self.leaves = leaves
+        self.alone = len(leaves) == 1
         self.spans = [(leaf.bank_start - first.bank_start, leaf.numel) for leaf in leaves]
         self.numel = sum(self.spans[-1])
         self.ordered = False
@@ -66,7 +67,7 @@ class Batch:
         self._place: Place | None = None
         assert first.bank is not None
         self.storage = first.bank.storage
-        if len(leaves) == 1:
+        if self.alone:
             self.param, self.slots, self.scales, self.extra = first.flat, first.slots, first.scales, first.extra
             return
         assert first.home is not None
@@ -109,7 +110,7 @@ class Batch:
 
     def place(self) -> Place:
         """To which tensors the elements belong; kept where there are several, which are small."""
-        if len(self.leaves) == 1:
+        if self.alone:
             return place_of(self.leaves[0])
         if self._place is None:
             self._place = places_of(self.leaves, self.spans, self.numel)
@@ -217,12 +218,11 @@ def _rounds(batches: Sequence[Batch], clipped: bool, scratch: Tensor) -> Iterato
     for batch in batches:
         if batch.param is None:
             continue
-        alone = len(batch.leaves) == 1
-        size = CHUNK if alone and clipped else batch.numel
+        size = CHUNK if batch.alone and clipped else batch.numel
         for start in range(0, batch.numel, max(1, size)):
             stop = min(start + size, batch.numel)
             # What is gathered and kept is scaled where it is; all other scaled gradients need a scratch.
-            needs = stop - start if (clipped if alone else batch.gathered is None) else 0
+            needs = stop - start if (clipped if batch.alone else batch.gathered is None) else 0
             if used + needs > ROUND:
                 yield current
                 current, used = Round([], [[] for _ in range(names)], []), 0
@@ -270,7 +270,7 @@ def norms_of(batches: Sequence[Batch]) -> list[memoryview]:
     """Give each batch its part of where the norms of rows go: one stretch of memory for each dtype that they have."""
     parts: dict[torch.dtype, list[Batch]] = {}
     for batch in batches:
-        dtype = batch.dtype if len(batch.leaves) > 1 else batch.leaves[0].grad_dtype
+        dtype = batch.leaves[0].grad_dtype if batch.alone else batch.dtype
         parts.setdefault(wide(dtype), []).append(batch)
     views = []
     for dtype, mine in parts.items():

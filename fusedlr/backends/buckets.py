@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ class Bucket:
         self.n_chunks = sum(counts)
         first = np.cumsum([0, *counts[:-1]])
         self.first_partial = 0
+        self.last = False  # of its device
         order = np.repeat(np.arange(len(leaves)), counts)
         within = np.arange(self.n_chunks) - first[order]
         self._chunk_rows = np.stack([order, within], axis=1).astype(np.int32)
@@ -126,6 +128,8 @@ class Bucket:
         # Of the table, and of those that graphs read: what changes between steps, and its version.
         self._cells: list[tuple[Tensor, Live, int]] = []
         self._captured_cells: list[tuple[Tensor, Live, int]] = []
+        self._own_scalars = itemgetter(*self.rule.scalars)
+        self.decide_choices: dict[str, Any] | None = None  # those of decide, once they are known
         fields = len(self.rule.hyper._fields)
         self.rows = torch.full((len(leaves), fields + 2), float("nan"), dtype=wide(self.dtype), device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -222,10 +226,9 @@ class Bucket:
         ``targets`` are the places of those that a schedule drives. They are computed on the device: left out here, they
         keep the table from travelling in every step.
         """
-        names = self.rule.scalars
         given: list[Any] = []
         for scalars, maximize in zip(knobs.scalars, knobs.maximize, strict=True):
-            given += [scalars.get(name, 0.0) for name in names]
+            given += self._own_scalars(scalars)
             given.append(-1.0 if maximize else 1.0)
         given += knobs.clip_numbers
         given += knobs.scale
@@ -257,13 +260,12 @@ class Bucket:
         """(place in the scalars, key of the program) of every scalar that a schedule drives in this step."""
         width = len(self.rule.scalars) + 1
         tracks = []
-        for g, scheduled in enumerate(knobs.schedules):
-            for s in scheduled:
-                if s.name in self.rule.scalars and not s.overridden():
-                    tracks.append((g * width + self.rule.scalars.index(s.name), (s.schedule, s.base, s.live)))
+        for g, driven in enumerate(knobs.driven):
+            for s in driven:
+                tracks.append((g * width + self.rule.scalars.index(s.name), (s.schedule, s.base, s.live)))
         if knobs.max_norm_schedule is not None:
             assert knobs.clip is not None
-            tracks.append((len(knobs.schedules) * width, (knobs.max_norm_schedule, knobs.clip.numbers[0], None)))
+            tracks.append((len(knobs.driven) * width, (knobs.max_norm_schedule, knobs.clip.numbers[0], None)))
         return tracks
 
     def programs(self, tracks: list[tuple[int, Any]]) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -61,13 +61,13 @@ class DeviceExecutor(Executor):
     def decide(self, knobs: Knobs) -> bool:
         self._factors, self._skip = None, None
         main = self.leaves[0].device
-        if knobs.may_skip and any(knobs.schedules):
+        if knobs.may_skip and knobs.scheduled:
             raise ValueError(
                 "nonfinite='skip' or fold_grad_scale with a schedule needs the Triton backend on an accelerator: only "
                 "there does the schedule see which steps were skipped without waiting for the device; install triton, "
                 "or use nonfinite='propagate' and leave fold_grad_scale off"
             )
-        if self.captures() and (any(knobs.schedules) or knobs.max_norm_schedule is not None):
+        if self.captures() and (knobs.scheduled or knobs.max_norm_schedule is not None):
             raise capture.CaptureError(
                 "a schedule does not move in a CUDA graph on the PyTorch backend, where the host computes it; install "
                 "triton for the Triton backend, or capture a step without a schedule"
@@ -132,9 +132,9 @@ class DeviceExecutor(Executor):
             step = leaf.step + 1
             values = knobs.scalars[leaf.group].items()
             scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
-            for s in knobs.schedules[leaf.group]:
+            for s in knobs.driven[leaf.group]:
                 held = getattr(s.live, "device_value", None)
-                if held is not None and s.name in scalars and not s.overridden():
+                if held is not None:
                     # The value is a multiple of what the device holds, or does not depend on it.
                     none, one = s.at(knobs.t, 0.0), s.at(knobs.t, 1.0)
                     scalars[s.name] = none + (one - none) * held.to(leaf.device, non_blocking=True)

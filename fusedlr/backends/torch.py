@@ -100,7 +100,7 @@ class HostExecutor(Executor):
 
     def _gradient(self, batch: Batch, grads: Sequence[Tensor], scratch: Tensor | None = None) -> Tensor:
         """The gradients of a batch in the order of its parameters; gathered ones are a scratch and may be written."""
-        if len(batch.leaves) == 1:
+        if batch.alone:
             return batch.gradient(grads)
         if batch.gathered is not None and self._gathered:
             return batch.whole
@@ -227,16 +227,19 @@ class HostExecutor(Executor):
         self._current = _NOTHING
 
     def _factor(self, batch: Batch) -> float:
-        """The clip factor of a batch of one leaf, or of any batch where there is one for all."""
-        if self._factors is None:
+        """The clip factor of a whole batch: the one for all, or its only leaf's; those of several are ``_scaled``'s."""
+        factors = self._factors
+        if factors is None:
             return 1.0
-        return self._factors[0 if len(self._factors) == 1 else batch.positions[0]]
+        if len(factors) == 1:
+            return factors[0]
+        return factors[batch.positions[0]] if batch.alone else 1.0
 
     def _scaled(self, batch: Batch, g: Tensor) -> Tensor:
         """The gradients with each unit by its factor, and gathered ones with each tensor by its own."""
         if self._units:
             return self._scaled_by_units(batch, g)
-        if self._factors is None or len(self._factors) == 1 or len(batch.leaves) == 1:
+        if self._factors is None or len(self._factors) == 1 or batch.alone:
             return g
         # The scratch may be scaled in place, but 16-bit gradients in float32, or they would be rounded once more.
         g = g.float() if g.dtype in (torch.bfloat16, torch.float16) else g
@@ -249,7 +252,7 @@ class HostExecutor(Executor):
             return g
         narrow = g.dtype in (torch.bfloat16, torch.float16)
         # As above; and what is not gathered is the gradient itself.
-        g = g.float() if narrow else g.clone() if len(batch.leaves) == 1 else g
+        g = g.float() if narrow else g.clone() if batch.alone else g
         for i, leaf, (start, numel) in zip(batch.positions, batch.leaves, batch.spans, strict=True):
             if i in self._units:
                 g[start : start + numel].view(unit_grid(leaf)).mul_(self._units[i].view(1, -1, 1))
@@ -268,7 +271,7 @@ class HostExecutor(Executor):
             for treated in call.rounds(call.converts, self._scratch_of(call.leaf.dtype)):
                 self._treat(call, treated, grads, folded, knobs, limit, folded=True)
             return
-        scaled = self._units or (self._factors is not None and any(f != 1.0 for f in self._factors))
+        scaled = self._units or (self._factors is not None and self._factors.count(1.0) < len(self._factors))
         clipped = limit != math.inf or bool(scaled)
         for treated in call.rounds(clipped or call.converts, self._scratch_of(call.leaf.dtype)):
             self._treat(call, treated, grads, scalars, knobs, limit)
@@ -286,7 +289,7 @@ class HostExecutor(Executor):
         """One operator call; the factors of the clip are in the scalars already where they are folded."""
         gradients = []
         for batch, start, stop, scratch in treated.pieces:
-            alone = len(batch.leaves) == 1
+            alone = batch.alone
             # A gradient that had to be brought into order is not copied again for each of its rounds.
             if batch is not self._current[0]:
                 # Gathered in the scratch where that has its dtype.
@@ -294,7 +297,7 @@ class HostExecutor(Executor):
                 self._current = batch, self._scaled(batch, self._gradient(batch, grads, place))
             whole = self._current[1]
             g = whole if stop - start == batch.numel else whole[start:stop]
-            factor = self._factor(batch) if not folded and (alone or len(self._factors or ()) == 1) else 1.0
+            factor = 1.0 if folded else self._factor(batch)
             out = scratch if alone else g
             if alone and call.converts and (factor == 1.0 or g.dtype != torch.float64):
                 assert scratch is not None
@@ -320,13 +323,15 @@ class HostExecutor(Executor):
             if call.has_operator:
                 continue
             g = self._scaled(batch, self._gradient(batch, grads))
-            factor = self._factor(batch) if len(batch.leaves) == 1 or len(self._factors or ()) == 1 else 1.0
+            factor = self._factor(batch)
             if not batch.storage.plain:
                 _step_stored(batch, Arrays(batch.param, batch.slots, batch.scales, batch.extra), g, factor, step)
                 continue
+            if not batch.alone and factor != 1.0 and g.dtype == wide(batch.param.dtype):
+                g, factor = g.mul_(factor), 1.0  # a scratch may be written: one temporary less
             arrays = (batch.param, g, *batch.slots)
             # A trust ratio is a tensor's own; without one, a batch is treated as one tensor.
-            alone = call.rule.trust is None or len(batch.leaves) == 1
+            alone = call.rule.trust is None or batch.alone
             tensors = [arrays] if alone else [[x[a : a + n] for x in arrays] for a, n in batch.spans]
             for tensor in tensors:
                 parts = list(zip(*(pieces(x, RULE_CHUNK) for x in tensor), strict=True))
@@ -351,7 +356,7 @@ def _step_stored(batch: Batch, arrays: Arrays, g: Tensor, factor: float, step: S
     """Step arrays in any storage, tensor by tensor where a trust ratio asks for it."""
     rule, h, limit, maximize, _ = step
     place = batch.place()
-    alone = rule.trust is None or len(batch.leaves) == 1
+    alone = rule.trust is None or batch.alone
     for start, n in [(0, batch.numel)] if alone else batch.spans:
         stop = start + n
         parts = [slice(a, min(a + RULE_CHUNK, stop)) for a in range(start, stop, RULE_CHUNK)]

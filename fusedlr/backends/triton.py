@@ -75,7 +75,8 @@ class TritonExecutor(Executor):
         self._partials: dict[torch.device, Tensor] = {}
         self._n_partials = 0
         self._units: list[UnitTables] = []  # of the buckets, once their units are measured
-        self._mode = 0
+        self._mode = 0  # how partials are added up ...
+        self._modes: list[int] = []  # ... and made, of each bucket; once a norm is measured
         self._capturable: torch.device | None = None  # what a CUDA graph may be captured on
         self._mirror = _ClockMirror()
         self._barrier: Tensor | None = None  # of the whole step in one launch; None where it takes three
@@ -87,8 +88,10 @@ class TritonExecutor(Executor):
             keys.setdefault(key, []).append(i)
         by_wave = sorted(keys.items(), key=lambda item: int(item[0][0]))
         self._buckets = [Bucket([self.leaves[i] for i in at], at, rules) for _, at in by_wave]
+        last = {bucket.device: bucket for bucket in self._buckets}
         for bucket in self._buckets:
             bucket.place(self._n_partials)
+            bucket.last = last[bucket.device] is bucket
             self._n_partials += bucket.n_chunks
         # NaN until measured: a partial that no program wrote would show.
         self._partials = {
@@ -117,12 +120,15 @@ class TritonExecutor(Executor):
         if knobs.scope == "unit":
             self._measure_units(grads, knobs)
             return
-        self._mode = self._launch.mode_for(knobs.norm_type, [bucket.grad_dtype for bucket in self._buckets])
-        for bucket in self._buckets:
+        in_one = self._in_one(knobs)
+        if not self._modes:
+            dtypes = [bucket.grad_dtype for bucket in self._buckets]
+            self._mode = self._launch.mode_for(knobs.norm_type, dtypes)
+            # A narrow bucket beside a float64 one is measured the fast way too; its scales are 1.
+            self._modes = [self._launch.mode_for(knobs.norm_type, [dtype]) for dtype in dtypes]
+        for bucket, mode in zip(self._buckets, self._modes, strict=True):
             segments = bucket.gather(grads)
-            if bucket.n_chunks and not self._in_one(knobs):
-                # A narrow bucket beside a float64 one is measured the fast way too; its scales are 1.
-                mode = self._launch.mode_for(knobs.norm_type, [bucket.grad_dtype])
+            if bucket.n_chunks and not in_one:
                 with bucket.here:
                     self._launch.launch_measure(
                         bucket.n_chunks,
@@ -135,7 +141,8 @@ class TritonExecutor(Executor):
                         bucket.grad_dtype,
                         mode,
                     )
-        self._share([(bucket.first_partial, bucket.n_chunks) for bucket in self._buckets])
+        if len(self._partials) > 1:
+            self._share([(bucket.first_partial, bucket.n_chunks) for bucket in self._buckets])
 
     def _measure_units(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
         """The norms and factors of the units, and as partials what the units add to the global norm."""
@@ -174,12 +181,11 @@ class TritonExecutor(Executor):
                     units.first_partial,
                     bucket.dtype,
                 )
-        self._share([(units.first_partial, units.n_blocks) for units in self._units])
+        if len(self._partials) > 1:
+            self._share([(units.first_partial, units.n_blocks) for units in self._units])
 
     def _share(self, spans: Sequence[tuple[int, int]]) -> None:
         """Copy the buckets' partials to all devices: every device decides by itself, from the partials of all."""
-        if len(self._partials) == 1:
-            return
         for bucket, (first, count) in zip(self._buckets, spans, strict=True):
             for device, partials in self._partials.items():
                 if device != bucket.device:
@@ -191,15 +197,15 @@ class TritonExecutor(Executor):
 
         Nor for clips that need a record: their kernels are apart, to leave the one launch as small as it is.
         """
-        has_record = knobs.clip is not None and bool(knobs.clip.settings)
-        return self._barrier is not None and knobs.nonfinite != "raise" and not has_record
+        if self._barrier is None or knobs.nonfinite == "raise":
+            return False
+        return knobs.clip is None or not knobs.clip.settings
 
     def _decide_arguments(self, bucket: Bucket, knobs: Knobs) -> tuple[list[Any], dict[str, Any]]:
         """What decide reads and writes for a bucket, and its compile-time choices."""
         driven = bucket.tracks_of(knobs)
         scalars, addresses = bucket.scalars(knobs, [target for target, _ in driven])
         tracks, program, table, max_rows = bucket.programs(driven)
-        last = {each.device: each for each in self._buckets}
         arguments = [
             self._partials[bucket.device],
             self._n_partials,
@@ -218,9 +224,14 @@ class TritonExecutor(Executor):
             bucket.norm_out(knobs),
             bucket.skip,
         ]
-        threshold = knobs.clip.threshold if knobs.clip is not None else None
-        if threshold is not None:
+        if bucket.decide_choices is None:
+            bucket.decide_choices = self._decide_choices(bucket, knobs)
+        if "threshold_name" in bucket.decide_choices:
             arguments.append(knobs.records.on(bucket.device))
+        return arguments, bucket.decide_choices
+
+    def _decide_choices(self, bucket: Bucket, knobs: Knobs) -> dict[str, Any]:
+        """The compile-time choices of decide; those of the clip and the policies are the same in all steps."""
         choices = {
             "row_name": bucket.rule.row.__name__,
             "factor_name": getattr(knobs.clip.factor, "__name__", "no_factor") if knobs.clip else "no_factor",
@@ -228,20 +239,20 @@ class TritonExecutor(Executor):
             "mode": self._mode,
             "guard": knobs.nonfinite != "propagate",
             "count": knobs.nonfinite == "skip",
-            "last": last[bucket.device] is bucket,
+            "last": bucket.last,
             "n_row_scalars": len(bucket.rule.scalars),
             "dtype": bucket.dtype,
         }
-        if threshold is not None:
-            choices["threshold_name"] = threshold.__name__
-        return arguments, choices
+        if knobs.clip is not None and knobs.clip.threshold is not None:
+            choices["threshold_name"] = knobs.clip.threshold.__name__
+        return choices
 
     def _step(self, knobs: Knobs) -> None:
         """Measure, decide and apply the only bucket, whose gradients are gathered, in one launch."""
         assert self._barrier is not None
         (bucket,) = self._buckets
         arguments, choices = self._decide_arguments(bucket, knobs)
-        choices |= bucket.choices | {"clamp": _clamps(knobs)}
+        choices = choices | bucket.choices | {"clamp": _clamps(knobs)}
         with bucket.here:
             self._launch.launch_step(
                 self._barrier,
@@ -292,10 +303,10 @@ class TritonExecutor(Executor):
             bucket.refresh()
 
     def apply(self, grads: Sequence[Tensor], knobs: Knobs) -> None:
-        clamp = _clamps(knobs)
+        clamp, in_one = _clamps(knobs), self._in_one(knobs)
         for bucket, units in itertools.zip_longest(self._buckets, self._units):
             segments = bucket.segments if knobs.measures else bucket.gather(grads)
-            if self._in_one(knobs):
+            if in_one:
                 if not knobs.measures:
                     self._step(knobs)
             elif bucket.n_chunks:
