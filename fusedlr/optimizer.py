@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,6 +36,8 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 
 _NONFINITE = ("propagate", "skip", "raise")
 _grad = attrgetter("grad")
+_names = attrgetter("scalars")
+_maximize = itemgetter("maximize")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -277,7 +279,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             scalars, driven = self._scalars(self._rules)
             knobs = Knobs(
                 scalars=scalars,
-                maximize=[bool(group["maximize"]) for group in self.param_groups],
+                maximize=list(map(bool, map(_maximize, self.param_groups))),
                 driven=driven,
                 scheduled=any(self._schedules),
                 max_norm_schedule=self._max_norm_schedule,
@@ -312,7 +314,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not registration.is_current(self):
             registration.register(self)
         params = self._params
-        rules = [self._rule(group) for group in self.param_groups]
+        rules = list(map(self._rule, self.param_groups))
         grads: list[Any] = list(map(_grad, params))
         ptrs = list(map(Tensor.data_ptr, params))
         plan = self._plan
@@ -372,9 +374,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._clocks[device]
 
     def _scalars(self, rules: list[Rule] | None = None) -> tuple[list[dict[str, Any]], list[list[Scheduled]]]:
-        groups = self.param_groups
-        names = [rule.scalars for rule in rules or [self._rule(group) for group in groups]]
-        return scalars_at(self._t, groups, names, self._schedules)
+        names = list(map(_names, rules or map(self._rule, self.param_groups)))
+        return scalars_at(self._t, self.param_groups, names, self._schedules)
 
     def _clip_numbers(self) -> tuple[float, float, float]:
         if self._clip is None:

@@ -185,7 +185,7 @@ class Call:
 
     def numbers(self) -> list[float] | None:
         """Steps taken, and what the rule carries, the same for all leaves; None where they have come to differ."""
-        if [span.tobytes() for span in self._bytes] != self._seen:
+        if list(map(memoryview.tobytes, self._bytes)) != self._seen:
             self._look()
         return self._taken
 
