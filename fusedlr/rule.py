@@ -19,9 +19,11 @@ __all__ = ["UNSIGNED", "AtenRule", "Rule", "Trust", "averaged", "averaged_square
 # without a sign; a slot that is not named here is stored with one.
 UNSIGNED = frozenset({"acc_delta", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "square_avg", "sum"})
 
-# (params, grads, [state lists in slot order], step, scalars by name, maximize) -> None, in place.
+# (params, grads, [state lists in slot order], step, scalars by name, maximize, grad_scale) -> None, in place. Gradients
+# are divided by ``grad_scale``, a float32 tensor, and written, if it is not None.
 AtenRule = Callable[
-    [Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[Tensor]], Tensor, Mapping[str, Any], bool], None
+    [Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[Tensor]], Tensor, Mapping[str, Any], bool, Tensor | None],
+    None,
 ]
 
 

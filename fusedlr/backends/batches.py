@@ -158,6 +158,7 @@ class Round(NamedTuple):
     params: list[Tensor]
     slots: list[list[Tensor]]
     pieces: list[Piece]
+    gathered: bool = False  # whether all gradients are copies, which may be written
 
 
 class Call:
@@ -215,6 +216,10 @@ class Call:
 def _rounds(batches: Sequence[Batch], clipped: bool, scratch: Tensor) -> Iterator[Round]:
     names = len(batches[0].slots)
     current, used = Round([], [[] for _ in range(names)], []), 0
+
+    def finished() -> Round:
+        return current._replace(gathered=not any(piece.batch.alone for piece in current.pieces))
+
     for batch in batches:
         if batch.param is None:
             continue
@@ -224,7 +229,7 @@ def _rounds(batches: Sequence[Batch], clipped: bool, scratch: Tensor) -> Iterato
             # What is gathered and kept is scaled where it is; all other scaled gradients need a scratch.
             needs = stop - start if (clipped if batch.alone else batch.gathered is None) else 0
             if used + needs > ROUND:
-                yield current
+                yield finished()
                 current, used = Round([], [[] for _ in range(names)], []), 0
             whole = stop - start == batch.numel
             current.params.append(batch.param if whole else batch.param[start:stop])
@@ -233,7 +238,7 @@ def _rounds(batches: Sequence[Batch], clipped: bool, scratch: Tensor) -> Iterato
             current.pieces.append(Piece(batch, start, stop, scratch[used : used + needs] if needs else None))
             used += needs
     if current.pieces:
-        yield current
+        yield finished()
 
 
 def calls_of(leaves: Sequence[Leaf], rules: Sequence[Rule]) -> list[Call]:

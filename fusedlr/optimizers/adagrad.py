@@ -47,6 +47,7 @@ def _aten_adagrad(
     step: Tensor,
     scalars: Mapping[str, Any],
     maximize: bool,
+    grad_scale: Tensor | None,
 ) -> None:
     # torch 2.13's operator misreads an expanded gradient; here it gets gradients of one dimension without gaps.
     torch._fused_adagrad_(
@@ -59,6 +60,7 @@ def _aten_adagrad(
         weight_decay=scalars["weight_decay"],
         eps=scalars["eps"],
         maximize=maximize,
+        grad_scale=grad_scale,
     )
 
 

@@ -98,6 +98,7 @@ def _aten_adam(operator: Any) -> AtenRule:
         step: Tensor,
         scalars: Mapping[str, Any],
         maximize: bool,
+        grad_scale: Tensor | None,
     ) -> None:
         operator(
             params,
@@ -113,6 +114,7 @@ def _aten_adam(operator: Any) -> AtenRule:
             eps=scalars["eps"],
             amsgrad=len(state) > 2,
             maximize=maximize,
+            grad_scale=grad_scale,
         )
 
     return aten

@@ -61,6 +61,7 @@ def _aten_sgd(
     step: Tensor,
     scalars: Mapping[str, Any],
     maximize: bool,
+    grad_scale: Tensor | None,
 ) -> None:
     torch._fused_sgd_(
         list(params),
@@ -74,6 +75,7 @@ def _aten_sgd(
         nesterov=bool(scalars["nesterov"]),
         maximize=maximize,
         is_first_step=step.item() == 1,
+        grad_scale=grad_scale,
     )
 
 
