@@ -106,6 +106,29 @@ def test_gradients_far_above_the_clip_keep_their_digits(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e-5, 1e1, 1e5, 1e9, 1e18])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adagrad", "SGD"])
+def test_gradients_of_small_tensors_come_into_state_by_their_factor(
+    name: str, size: float, backend: str, seed: int
+) -> None:
+    """Small tensors lie side by side and may be scaled by the operator that steps them, but not by every factor."""
+    params = [Parameter(torch.zeros(n)) for n in (3, 50, 7)]
+    own = {"momentum": 0.9, "nesterov": True} if name == "SGD" else {}
+    optimizer = getattr(fusedlr, name)(params, lr=0.1, clip=clipping.Normalize("global", eps=0.0), backend=backend, **own)
+    given = [torch.randn(p.shape) * size for p in params]
+    norm = torch.cat(given).double().norm()
+    for p, g in zip(params, given, strict=True):
+        p.grad = g.clone()
+    optimizer.step()
+    key, share, power = {"Adagrad": ("sum", 1.0, 2), "SGD": ("momentum_buffer", 1.0, 1)}.get(name, ("exp_avg", 0.1, 1))
+    for p, g in zip(params, given, strict=True):
+        assert p.grad is not None and torch.equal(p.grad, g)
+        exact = share * (g.double() / norm) ** power
+        # The norm, the factor, and twice what is made of them are rounded; a square doubles that.
+        torch.testing.assert_close(optimizer.state[p][key].double(), exact, rtol=power * 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_that_overlap_with_gaps_take_the_updates_of_both(backend: str) -> None:
     memory = torch.zeros(3, 4)
     p, q = Parameter(memory[:, 0:2]), Parameter(memory[:, 1:3])
