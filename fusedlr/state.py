@@ -28,9 +28,9 @@ __all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "en
 # Between the starts of a bank's slots modulo a page. Streams at equal places within their pages compete for the same
 # sets of the cache: an update that reads and writes four of them takes 4 to 12 % longer.
 _STAGGER_BYTES = 9 * 128
-# The same where slots are so large that they come from memory: streams that are a multiple of 32 MiB apart, or a few KiB
-# more, compete for the same banks of the DRAM, and models whose sizes are powers of two would be. Four such streams take
-# up to a third longer on one thread and an eighth on two, three up to 7 %.
+# The same where slots are so large that they come from memory: streams that are a multiple of 32 MiB apart, or a few
+# KiB more, compete for the same banks of the DRAM, and models whose sizes are powers of two would be. Four such streams
+# take up to a third longer on one thread and an eighth on two, three up to 7 %.
 _FAR_BYTES, _FAR_FROM = 1 << 16, 1 << 23
 
 

@@ -114,7 +114,8 @@ def test_gradients_of_small_tensors_come_into_state_by_their_factor(
     """Small tensors lie side by side and may be scaled by the operator that steps them, but not by every factor."""
     params = [Parameter(torch.zeros(n)) for n in (3, 50, 7)]
     own = {"momentum": 0.9, "nesterov": True} if name == "SGD" else {}
-    optimizer = getattr(fusedlr, name)(params, lr=0.1, clip=clipping.Normalize("global", eps=0.0), backend=backend, **own)
+    clip = clipping.Normalize("global", eps=0.0)
+    optimizer = getattr(fusedlr, name)(params, lr=0.1, clip=clip, backend=backend, **own)
     given = [torch.randn(p.shape) * size for p in params]
     norm = torch.cat(given).double().norm()
     for p, g in zip(params, given, strict=True):
