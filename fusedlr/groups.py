@@ -186,7 +186,7 @@ class Scheduled:
         if isinstance(current, Tensor) and not _differs(current, marks["written"][name]):
             self._shown, self._version = current, current._version
         self.live = make_live(marks, name, schedule, index)
-        self.at(0)  # a base below the schedule's minimum is an error now, not at the first step
+        self._value(0)  # a base below the schedule's minimum is an error now, not at the first step
 
     @property
     def base(self) -> float:
@@ -198,7 +198,7 @@ class Scheduled:
         """The program; it is made again only when the base changes."""
         base = self.base
         if base != self._rows_base:
-            self._rows, self._rows_base = self.schedule.rows(base), base
+            self._rows, self._rows_base, self._values = self.schedule.rows(base), base, []
         return self._rows
 
     def overridden(self) -> bool:
@@ -213,7 +213,20 @@ class Scheduled:
         return _differs(current, self.group[GROUP_KEY]["written"][self.name])
 
     def at(self, t: int, number: float | None = None) -> float:
-        """The scheduled value at step t; ``number`` takes the place of the one that it follows beside the steps."""
+        """The scheduled value at step t; ``number`` takes the place of the one that it follows beside the steps.
+
+        Raises:
+            ValueError: for a beta outside [0, 1), with which averages grow and bias corrections change their sign.
+        """
+        value = self._value(t, number)
+        if self.name in _BETAS and not 0.0 <= value < 1.0:
+            raise ValueError(
+                f"schedule[{self.name!r}] gives {value} at step {t}, but a beta must be in [0, 1); lower the base "
+                f"({self.base}) or bound the schedule {self.schedule!r}"
+            )
+        return value
+
+    def _value(self, t: int, number: float | None = None) -> float:
         if self.live is None:
             i = t - self._first
             if not 0 <= i < len(self._values) or self.base != self._rows_base:

@@ -127,3 +127,19 @@ def test_a_cycle_needs_a_momentum() -> None:
 
     with pytest.raises(ValueError, match="needs an optimizer with a momentum or beta1, but this one has"):
         as_schedules(s.OneCycle(0.3, 10, cycle_momentum=True), ("lr", "weight_decay"), None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_a_beta_of_1_or_more_is_refused_before_anything_changes(name: str, backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    optimizer = fusedlr.AdamW([p], betas=(0.5, 0.5), schedule={name: s.Table([1.0, 1.9, 2.0])}, backend=backend)
+    for _ in range(2):
+        p.grad = torch.ones(5)
+        optimizer.step()
+    before = copy.deepcopy([p.detach(), optimizer.state[p], optimizer.steps_taken, optimizer.param_groups[0]["betas"]])
+    p.grad = torch.ones(5)
+    with pytest.raises(ValueError, match=rf"schedule\['{name}'\] gives 1\.0 at step 2, but a beta must be in \[0, 1\)"):
+        optimizer.step()
+    after = [p.detach(), optimizer.state[p], optimizer.steps_taken, optimizer.param_groups[0]["betas"]]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
