@@ -227,7 +227,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss, as in torch.optim.
 
         Raises:
-            ValueError: for a gradient that does not fit its parameter; nothing has changed then.
+            ValueError: for a gradient that does not fit its parameter, or a schedule that takes a beta out of [0, 1);
+                nothing has changed then.
             FloatingPointError: with ``nonfinite="raise"``, for an inf or NaN; nothing has changed then.
         """
         if is_dynamo_compiling():  # never true but where torch.compile traces this, whose graph ends here
