@@ -27,12 +27,13 @@ Comparison = Callable[[Sequence[Any]], bool]
 class Plan:
     """The active leaves, and the executors that step them."""
 
-    __slots__ = ("_same", "_stays", "active", "all_active", "executors", "leaves", "movable", "ptrs")
+    __slots__ = ("_same", "_stays", "active", "all_active", "executors", "groups", "leaves", "movable", "ptrs")
 
     def __init__(
         self, leaves: list[Leaf], active: list[bool], ptrs: list[int], executors: list[Executor]
     ) -> None:
         self.leaves = leaves
+        self.groups = sorted({leaf.group for leaf in leaves})
         self.active = active
         self.all_active = all(active)
         self.ptrs = ptrs

@@ -186,7 +186,7 @@ class Scheduled:
         if isinstance(current, Tensor) and not _differs(current, marks["written"][name]):
             self._shown, self._version = current, current._version
         self.live = make_live(marks, name, schedule, index)
-        self._value(0)  # a base below the schedule's minimum is an error now, not at the first step
+        self.at(0)  # a base below the schedule's minimum is an error now, not at the first step
 
     @property
     def base(self) -> float:
@@ -213,20 +213,7 @@ class Scheduled:
         return _differs(current, self.group[GROUP_KEY]["written"][self.name])
 
     def at(self, t: int, number: float | None = None) -> float:
-        """The scheduled value at step t; ``number`` takes the place of the one that it follows beside the steps.
-
-        Raises:
-            ValueError: for a beta outside [0, 1), with which averages grow and bias corrections change their sign.
-        """
-        value = self._value(t, number)
-        if self.name in _BETAS and not 0.0 <= value < 1.0:
-            raise ValueError(
-                f"schedule[{self.name!r}] gives {value} at step {t}, but a beta must be in [0, 1); lower the base "
-                f"({self.base}) or bound the schedule {self.schedule!r}"
-            )
-        return value
-
-    def _value(self, t: int, number: float | None = None) -> float:
+        """The scheduled value at step t; ``number`` takes the place of the one that it follows beside the steps."""
         if self.live is None:
             i = t - self._first
             if not 0 <= i < len(self._values) or self.base != self._rows_base:
@@ -237,6 +224,18 @@ class Scheduled:
         if number is None:
             number = self.live.number(next((row.values[0] for row in rows if row.kind == Kind.LIVE), 0.0))
         return value_at([row._replace(values=(number,)) if row.kind == Kind.LIVE else row for row in rows], t)
+
+    def check(self, value: float, t: int) -> None:
+        """Refuse to take step t with a value that no rule can take.
+
+        Raises:
+            ValueError: for a beta outside [0, 1), with which averages grow and bias corrections change their sign.
+        """
+        if self.name in _BETAS and not 0.0 <= value < 1.0:
+            raise ValueError(
+                f"schedule[{self.name!r}] gives {value} at step {t}, but a beta must be in [0, 1); lower the base "
+                f"({self.base}) or bound the schedule {self.schedule!r}"
+            )
 
     def show(self, used: float) -> None:
         """Write the value that a step used into the group."""

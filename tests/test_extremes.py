@@ -130,6 +130,23 @@ def test_gradients_of_small_tensors_come_into_state_by_their_factor(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["Lion", "Adam", "RMSprop"])
+def test_a_factor_beyond_float32_is_forgotten_with_its_step(name: str, backend: str) -> None:
+    """It makes inf of gradients and NaN of the zeros between small ones, where nothing may be left of it."""
+    params = [Parameter(torch.zeros(n)) for n in (3, 50, 7)]
+    clip = clipping.Normalize("global", eps=0.0)
+    optimizer = getattr(fusedlr, name)(params, lr=0.01, clip=clip, nonfinite="skip", backend=backend)
+    norms = []
+    for size in (1.0, 1e-42, 1.0):
+        for p in params:
+            p.grad = torch.full_like(p, size)
+        optimizer.step()
+        norms.append(float(optimizer.last_grad_norm))  # type: ignore[arg-type]
+    assert norms[0] == norms[2] == pytest.approx(math.sqrt(60), rel=1e-6, abs=0)
+    assert int(optimizer.skipped_steps) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_that_overlap_with_gaps_take_the_updates_of_both(backend: str) -> None:
     memory = torch.zeros(3, 4)
     p, q = Parameter(memory[:, 0:2]), Parameter(memory[:, 1:3])

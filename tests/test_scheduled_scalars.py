@@ -143,3 +143,19 @@ def test_a_beta_of_1_or_more_is_refused_before_anything_changes(name: str, backe
         optimizer.step()
     after = [p.detach(), optimizer.state[p], optimizer.steps_taken, optimizer.param_groups[0]["betas"]]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_beta_that_no_step_takes_is_nobodys_error() -> None:
+    """Behind the last step, and in a group without gradients."""
+    p, idle = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    groups = [{"params": [p], "schedule": {"beta2": s.Linear(10, 1.0, 2.0)}},
+              {"params": [idle], "schedule": {"beta1": s.Table([1.0, 2.0])}}]  # fmt: skip
+    optimizer = fusedlr.AdamW(groups, lr=0.1, betas=(0.5, 0.5))
+    for _ in range(10):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    assert optimizer.param_groups[0]["betas"][1] == pytest.approx(0.95, rel=1e-15, abs=0)
+    assert optimizer.next_lr() == optimizer.last_lr == optimizer.lr_scheduler().get_last_lr() == [0.1, 0.1]
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"gives 1\.0 at step 10"):
+        optimizer.step()

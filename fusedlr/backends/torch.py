@@ -33,6 +33,7 @@ RULE_CHUNK = 1 << 18
 # Clip factors below are multiplied into the gradients, not folded: a share of the gradient that is given as 1 less a
 # dampening is 1e-16/factor off, and weight_decay divided by them could overflow. In float64 none is folded.
 _LEAST_FOLDED = 1e-7
+_LARGEST = torch.finfo(torch.float32).max
 
 
 _NOTHING: tuple[Batch | None, Tensor] = (None, torch.empty(0))
@@ -222,7 +223,8 @@ class HostExecutor(Executor):
                 self._by_operator(call, step, grads, scalars, knobs)
             if h is not None:
                 self._by_rule(call, grads, h, knobs)
-        if self._factors is not None and len(self._factors) == 1 and not math.isfinite(self._factors[0]):
+        # Or not finite in float32, in which 0 times it is NaN too.
+        if self._factors is not None and len(self._factors) == 1 and not abs(self._factors[0]) <= _LARGEST:
             for batch in self._batches:
                 batch.clear()
         self._gathered = False
