@@ -238,7 +238,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             or self._optimizer_step_post_hooks
             or _global_pre_hooks
             or _global_post_hooks
-            or profiler._is_profiler_enabled  # to ask C++ takes 3 us; the deprecated profiler_legacy alone does not set it
+            or profiler._is_profiler_enabled  # to ask C++ takes 3 us; the deprecated profiler_legacy does not set it
         ):
             return _hooked_step(self) if closure is None else _hooked_step(self, closure)
         return self._step(closure)
