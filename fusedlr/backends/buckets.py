@@ -94,7 +94,6 @@ class Bucket:
         self.n_chunks = sum(counts)
         first = np.cumsum([0, *counts[:-1]])
         self.first_partial = 0
-        self.last = False  # of its device
         order = np.repeat(np.arange(len(leaves)), counts)
         within = np.arange(self.n_chunks) - first[order]
         self._chunk_rows = np.stack([order, within], axis=1).astype(np.int32)

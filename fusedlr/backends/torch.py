@@ -280,7 +280,7 @@ class HostExecutor(Executor):
         divides = self._set_divisor(call, limit)
         for treated in call.rounds(clipped or call.converts, self._scratch_of(call.leaf.dtype)):
             divisor = self._divisor if divides and treated.gathered else None
-            self._treat(call, treated, grads, scalars, knobs, limit, divisor is not None, divisor)
+            self._treat(call, treated, grads, scalars, knobs, limit, divisor=divisor)
 
     def _set_divisor(self, call: Call, limit: float) -> bool:
         """Whether the operator may divide copies of the gradients by ``_divisor``, which saves a pass over them.
@@ -320,7 +320,7 @@ class HostExecutor(Executor):
                 self._current = batch, self._scaled(batch, self._gradient(batch, grads, place))
             whole = self._current[1]
             g = whole if stop - start == batch.numel else whole[start:stop]
-            factor = 1.0 if folded else self._factor(batch)
+            factor = 1.0 if folded or divisor is not None else self._factor(batch)
             out = scratch if alone else g
             if alone and call.converts and (factor == 1.0 or g.dtype != torch.float64):
                 assert scratch is not None

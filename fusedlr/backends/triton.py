@@ -88,10 +88,8 @@ class TritonExecutor(Executor):
             keys.setdefault(key, []).append(i)
         by_wave = sorted(keys.items(), key=lambda item: int(item[0][0]))
         self._buckets = [Bucket([self.leaves[i] for i in at], at, rules) for _, at in by_wave]
-        last = {bucket.device: bucket for bucket in self._buckets}
         for bucket in self._buckets:
             bucket.place(self._n_partials)
-            bucket.last = last[bucket.device] is bucket
             self._n_partials += bucket.n_chunks
         # NaN until measured: a partial that no program wrote would show.
         self._partials = {
@@ -232,6 +230,7 @@ class TritonExecutor(Executor):
 
     def _decide_choices(self, bucket: Bucket, knobs: Knobs) -> dict[str, Any]:
         """The compile-time choices of decide; those of the clip and the policies are the same in all steps."""
+        last = {each.device: each for each in self._buckets}
         choices = {
             "row_name": bucket.rule.row.__name__,
             "factor_name": getattr(knobs.clip.factor, "__name__", "no_factor") if knobs.clip else "no_factor",
@@ -239,7 +238,7 @@ class TritonExecutor(Executor):
             "mode": self._mode,
             "guard": knobs.nonfinite != "propagate",
             "count": knobs.nonfinite == "skip",
-            "last": bucket.last,
+            "last": last[bucket.device] is bucket,
             "n_row_scalars": len(bucket.rule.scalars),
             "dtype": bucket.dtype,
         }

@@ -24,7 +24,6 @@ class Records:
 
     def __init__(self, clip: Clip | None) -> None:
         self._clip = clip
-        self._changes = isinstance(clip, Remembering)
         self._settings = [float(getattr(clip, name)) for name in clip.settings] if clip is not None else []
         self._remembered: list[float] = []  # as loaded, where no device has a record yet
         self._records: dict[torch.device, Tensor] = {}
@@ -40,7 +39,7 @@ class Records:
 
     def share(self, devices: Collection[torch.device]) -> None:
         """Bring the records of devices that took no part in a step up to those of the devices that did."""
-        if self._changes:
+        if len(self._records) > 1 and isinstance(self._clip, Remembering):
             for device in self._records.keys() - set(devices):
                 self._records[device].copy_(self._records[next(iter(devices))], non_blocking=True)
 
