@@ -3,8 +3,8 @@
     python -m fusedlr.kernels.aot --arch sm_90 --out DIR
 
 writes one cubin a kernel (for an AMD target such as gfx942 one .hsaco), named kernel-rule-dtype[-format], and
-``table.json``, and prints the same table. It needs no GPU: Triton compiles for a named target, and its own cuobjdump
-shows the result. ``apply-adamw-bf16`` has bfloat16 parameters with bfloat16 state, ``apply-adamw-bf16-fp32`` bfloat16
+``table.json``, and prints the same table. It needs no GPU: Triton compiles for a named target, and brings the tools that
+show the result (``aot_code``). ``apply-adamw-bf16`` has bfloat16 parameters with bfloat16 state, ``apply-adamw-bf16-fp32`` bfloat16
 parameters with float32 state, ``...-int8_split8`` 8-bit state and 8 of the weights' missing bits. The columns:
 
     registers           of a thread (on AMD its vector registers)
@@ -27,13 +27,11 @@ number. The accesses outside the main loops are the tables', the tails' and thos
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import launch, launch_trust, launch_units, rules
+from .aot_code import Code, read_amdgcn, read_cubins
 from .aot_formats import COMPILED, FORMATS
 from .apply import apply
 from .decide import decide
@@ -51,7 +50,7 @@ from .step import step
 from .trust import trust_norms, trust_ratios
 from .units import unit_fold, unit_measure
 
-__all__ = ["FORMATS", "Kernel", "Loop", "Report", "compile_kernel", "kernel_name", "kernels"]
+__all__ = ["FORMATS", "Kernel", "Loop", "Report", "compile_all", "compile_kernel", "kernel_name", "kernels"]
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 _SHORT = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
@@ -98,23 +97,6 @@ class Report(NamedTuple):
     fp64: int
     bytes_per_element: float
     loops: list[Loop]
-
-
-class Code(NamedTuple):
-    """The machine code of a kernel, as far as a report needs it.
-
-    ``accesses`` to global memory are (place, whether it stores, bits), ``loops`` (first place, last place), ``local``
-    and ``fp64`` places; a place is the number of an instruction. ``scratch`` is bytes of local memory a thread, where
-    the compiler says how many.
-    """
-
-    registers: int
-    shared: int
-    scratch: int
-    local: list[int]
-    fp64: list[int]
-    accesses: list[tuple[int, bool, int]]
-    loops: list[tuple[int, int]]
 
 
 def kernel_name(kernel: str, rule: str, dtype: torch.dtype, form: str = "param") -> str:
@@ -311,15 +293,6 @@ def _dtype_of(name: str) -> list[str]:
     return [part for part in name.split("-") if part in _SHORT.values()][:1]
 
 
-@functools.cache
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
 def target_of(arch: str) -> GPUTarget:
     """The target of "sm_90", "gfx942" and the like."""
     if re.fullmatch(r"sm_\d+", arch):
@@ -329,80 +302,31 @@ def target_of(arch: str) -> GPUTarget:
     raise ValueError(f"expected an architecture such as sm_90 or gfx942, but got {arch!r}")
 
 
-def compile_kernel(kernel: Kernel, arch: str, out: Path) -> Report:
-    """Compile one kernel for "sm_90" or the like into ``out`` and read its machine code."""
+def compile_kernel(kernel: Kernel, target: GPUTarget, out: Path) -> Any:
+    """Compile one kernel into ``out``, as ``kernel.name`` with the suffix of its machine code; what Triton returns."""
     if launch.INTERPRETED:
         raise RuntimeError(
             "kernels that were defined under TRITON_INTERPRET=1 cannot be compiled; unset it and start Python anew"
         )
-    target = target_of(arch)
     source = ASTSource(fn=kernel.function, signature=kernel.signature, constexprs=kernel.constants)
     options = {"num_warps": kernel.threads // target.warp_size, "enable_fp_fusion": kernel.fp_fusion}
     if kernel.most_registers is not None:
         options["maxnreg"] = kernel.most_registers
     compiled = triton.compile(source, target=target, options=options)
     binary = "cubin" if target.backend == "cuda" else "hsaco"
-    path = out / f"{kernel.name}.{binary}"
-    path.write_bytes(compiled.asm[binary])
+    (out / f"{kernel.name}.{binary}").write_bytes(compiled.asm[binary])
+    return compiled
+
+
+def compile_all(chosen: Sequence[Kernel], arch: str, out: Path) -> list[Report]:
+    """Compile kernels for "sm_90" or the like into ``out``, and read their machine code."""
+    target = target_of(arch)
+    compiled = [compile_kernel(kernel, target, out) for kernel in chosen]
     if target.backend == "cuda":
-        return _report(kernel, _read_sass(_run(_tool("cuobjdump"), "-res-usage", "-sass", str(path))))
-    return _report(kernel, _read_amdgcn(compiled.asm["amdgcn"]))
-
-
-def _largest(pattern: str, text: str) -> int:
-    return max((int(number) for number in re.findall(pattern, text)), default=0)
-
-
-def _read_sass(text: str) -> Code:
-    code = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][A-Z0-9_.]*)(.*)", text, flags=re.MULTILINE)
-    at = {int(address, 16): i for i, (address, _, _) in enumerate(code)}
-    accesses, loops = [], []
-    for i, (_, op, rest) in enumerate(code):
-        if op.startswith(("LDG", "STG")):
-            bits = re.search(r"\.(64|128|256)\b", op)
-            accesses.append((i, op.startswith("STG"), int(bits[1]) if bits else 32))
-        target = re.match(r"\s+(?:!?U?P\d+,\s*)?0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if target and at[int(target[1], 16)] < i:
-            loops.append((at[int(target[1], 16)], i))
-    operations = [op for _, op, _ in code]
-    doubles = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|.*\.F64")
-    return Code(
-        registers=_largest(r"\bREG:(\d+)", text),
-        shared=_largest(r"\bSHARED:(\d+)", text),
-        scratch=0,
-        local=[i for i, op in enumerate(operations) if op.startswith(("LDL", "STL"))],
-        fp64=[i for i, op in enumerate(operations) if doubles.match(op)],
-        accesses=accesses,
-        loops=loops,
-    )
-
-
-def _read_amdgcn(text: str) -> Code:
-    code: list[tuple[str, str]] = []
-    labels: dict[str, int] = {}
-    for label, op, rest in re.findall(r"^(?:(\.\w+):|\t([a-z]\w+)(.*))", text, flags=re.MULTILINE):
-        if label:
-            labels[label] = len(code)
-        else:
-            code.append((op, rest))
-    sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64}
-    accesses, loops = [], []
-    for i, (op, rest) in enumerate(code):
-        access = re.fullmatch(r"(?:global|buffer|flat)_(load|store)_(\w+)", op)
-        if access:
-            accesses.append((i, access[1] == "store", sizes.get(access[2], 32)))
-        target = labels.get(rest.strip(), i + 1) if op.startswith(("s_cbranch", "s_branch")) else i + 1
-        if target <= i:
-            loops.append((target, i))
-    return Code(
-        registers=_largest(r"\.vgpr_count:\s*(\d+)", text),
-        shared=_largest(r"\.group_segment_fixed_size:\s*(\d+)", text),
-        scratch=_largest(r"\.private_segment_fixed_size:\s*(\d+)", text),
-        local=[i for i, (op, _) in enumerate(code) if op.startswith("scratch_")],
-        fp64=[i for i, (op, _) in enumerate(code) if re.search(r"^v_\w*f64", op)],
-        accesses=accesses,
-        loops=loops,
-    )
+        codes = read_cubins([out / f"{kernel.name}.cubin" for kernel in chosen], arch)
+    else:
+        codes = [read_amdgcn(kernel.asm["amdgcn"]) for kernel in compiled]
+    return [_report(kernel, code) for kernel, code in zip(chosen, codes, strict=True)]
 
 
 def _widest(kernel: Kernel) -> int:
@@ -464,7 +388,9 @@ def main(arguments: list[str] | None = None) -> int:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
         chosen = [k for k in kernels(target) if options.only in k.name and wanted.intersection(_dtype_of(k.name))]
-        reports = [compile_kernel(kernel, options.arch, out) for kernel in chosen]
+        if not chosen:
+            parser.error(f"no kernel for {options.dtypes} has a name that contains {options.only!r}")
+        reports = compile_all(chosen, options.arch, out)
         rows = [r._asdict() | {"loops": [loop._asdict() for loop in r.loops]} for r in reports]
         table = {"arch": options.arch, "triton": triton.__version__, "kernels": rows}
         (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")

@@ -14,9 +14,9 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
     if importlib.util.find_spec("triton") is not None:
-        from interpreter import patch_once_a_launch
+        from interpreter import hasten
 
-        patch_once_a_launch()
+        hasten()
 
 import pytest  # noqa: E402
 
