@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["begin", "full_precision", "is_hidden_step", "own_state", "restore", "revive", "save",
            "take_own_state"]  # fmt: skip
 
-_CODE_KEYS = ("schedule", "clip", "norm_group")
+# What the code that builds an optimizer gives. precision is in a group where somebody has put it there.
+_CODE_KEYS = ("schedule", "clip", "norm_group", "precision")
 _OWN = "_fusedlr"
 
 
@@ -65,8 +66,7 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> 
         }
         if optimizer._precision != Precision():
             group[GROUP_KEY]["seed"] = optimizer._precision.seed
-        for key in _CODE_KEYS:
-            group[key] = None if group[key] is None else repr(group[key])
+        group.update({key: repr(group[key]) for key in _CODE_KEYS if group.get(key) is not None})
     return state_dict if format == "fusedlr" else _as_torch(optimizer, state_dict)
 
 
@@ -93,6 +93,13 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
                 f"param group {i} of the state_dict has {marks!r} under {GROUP_KEY!r}, but a dict with the keys 'base' "
                 "and 'written' was expected, as fusedlr saves it; without that key, the group is read as torch.optim's"
             )
+        for name in ("t", "skipped_steps", "steps"):
+            count = marks.get(name, 0)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(
+                    f"param group {i} of the state_dict has {name}={count!r} under {GROUP_KEY!r}, but a count of steps "
+                    "was expected, an integer >= 0; the checkpoint is damaged"
+                )
     optimizer._records.check(_statistics(state_dict))
     leaves = iter(optimizer._leaves)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
@@ -126,8 +133,10 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
     stepped = _steps_elsewhere(optimizer, state_dict)
     saved: Mapping[str, Any] = {}
     for group, before in zip(optimizer.param_groups, groups_before, strict=True):
+        for key in _CODE_KEYS:
+            group.pop(key, None)
         for key, value in before.items():
-            if key in _CODE_KEYS or key not in group:
+            if key not in group:
                 # A checkpoint of torch.optim has none of fusedlr's keys; it has an initial_lr only under a scheduler.
                 group[key] = value
         marks = group[GROUP_KEY]
@@ -142,9 +151,9 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
     if "seed" in saved:
         use_precision(optimizer, replace(optimizer._precision, seed=int(saved["seed"])))
     _take_in(optimizer)
-    optimizer._t = int(saved["t"]) + stepped if "t" in saved else _largest_step(optimizer)
+    optimizer._t = saved["t"] + stepped if "t" in saved else _largest_step(optimizer)
     optimizer._last_lr = []
-    optimizer._skipped_before = int(saved.get("skipped_steps", 0))
+    optimizer._skipped_before = saved.get("skipped_steps", 0)
     for clock in optimizer._clocks.values():
         clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
     optimizer._records.load(_statistics(state_dict))
@@ -190,6 +199,9 @@ def full_precision(optimizer: FusedOptimizer) -> dict[Tensor, Tensor]:
 def use_precision(optimizer: FusedOptimizer, precision: Precision) -> None:
     """Store what comes in this precision from now on."""
     optimizer._precision = precision
+    for group in optimizer.param_groups:
+        if "precision" in group:
+            group["precision"] = precision
     for leaf in optimizer._leaves:
         leaf.precision = precision
 
@@ -229,8 +241,9 @@ def _steps_elsewhere(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -
     # A state_dict that was not copied goes on counting with whoever made it, who may have been this optimizer.
     mine = {leaf.step.data_ptr() for leaf in optimizer._leaves if leaf.step is not None}
     is_live = any(isinstance(step, Tensor) and step.data_ptr() in mine for step in steps)
-    own = max(0, sync_clock(optimizer)[0] - int(marks["t"])) if is_live else 0
-    return max(0, int(max(map(float, steps), default=0.0)) - int(marks["steps"]) - own)
+    own = max(0, sync_clock(optimizer)[0] - marks["t"]) if is_live else 0
+    known: int = marks["steps"] + own
+    return max(0, int(max(map(float, steps), default=0.0)) - known)
 
 
 def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:

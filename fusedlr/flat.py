@@ -7,6 +7,7 @@ sharing it takes its own bytes along, never the piece. A piece lives as long as 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-__all__ = ["SMALL", "Home", "aligned", "dense_strides", "memory_view", "own_view", "rehome"]
+__all__ = ["SMALL", "Home", "aligned", "beginning", "dense_strides", "memory_view", "own_view", "rehome", "spare"]
 
+_ALIGNMENT = 128
 _PIECE_BYTES = 256 << 20
 _SMALLEST_PIECE_BYTES = 1 << 20
 
@@ -38,8 +40,19 @@ class Home(NamedTuple):
 
 def aligned(numel: int, dtype: torch.dtype) -> int:
     """numel rounded up to 16 elements and 128 bytes."""
-    unit = max(16, 128 // dtype.itemsize)
+    unit = max(16, _ALIGNMENT // dtype.itemsize)
     return -(-numel // unit) * unit
+
+
+def beginning(memory: Tensor, numel: int) -> Tensor:
+    """The first ``numel`` elements from a multiple of 128 bytes on, of ``spare`` more; a CPU allocates by 64 bytes."""
+    start = -memory.data_ptr() % _ALIGNMENT // memory.element_size()
+    return memory[start : start + numel]
+
+
+def spare(dtype: torch.dtype) -> int:
+    """Elements that an allocation needs more, to begin where ``beginning`` wants."""
+    return _ALIGNMENT // dtype.itemsize
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -97,6 +110,8 @@ def can_move(p: Tensor) -> bool:
         return False
     if data.device.type == "cpu" and (data.is_shared() or (torch.cuda.is_initialized() and data.is_pinned())):
         return False
+    if _references(data) > _references(torch.empty(0, device="cpu")):  # somebody holds the storage: all get one object
+        return False
     storage = data.untyped_storage()
     if data.storage_offset() != 0 or storage.nbytes() != data.numel() * data.element_size():
         return False
@@ -104,11 +119,11 @@ def can_move(p: Tensor) -> bool:
     if not storage.resizable() and not hasattr(storage, _OURS):
         return False
     # p, `data` and `storage` itself hold the storage; one holder more is a view of it somewhere else.
-    return _holders(storage) <= 3
+    return torch._C._storage_Use_Count(storage._cdata) <= 3
 
 
-def _holders(storage: torch.UntypedStorage) -> int:
-    return torch._C._storage_Use_Count(storage._cdata)
+def _references(tensor: Tensor) -> int:
+    return sys.getrefcount(tensor.untyped_storage())
 
 
 def _pieces(params: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -134,7 +149,8 @@ def _pieces(params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _fill(batch: list[Tensor], homes: dict[int, Home]) -> None:
     sizes = [aligned(p.numel(), p.dtype) for p in batch]
-    piece = torch.zeros(sum(sizes), dtype=batch[0].dtype, device=batch[0].device)
+    total, dtype = sum(sizes), batch[0].dtype
+    piece = beginning(torch.zeros(total + spare(dtype), dtype=dtype, device=batch[0].device), total)
     start = 0
     for p, size in zip(batch, sizes, strict=True):
         data = p.data

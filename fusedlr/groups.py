@@ -40,6 +40,7 @@ GROUP_KEY = "fusedlr"
 ScheduleArg = Schedule | Mapping[str, Schedule] | None
 
 _BETAS = {"beta1": 0, "beta2": 1}
+_FLAGS = ("nesterov",)  # numbers to a rule, but yes or no to its user
 # Steps whose scheduled values are found at once: after a backward pass, a formula's code is in no cache, and one value
 # takes 17 us; 16 at once take 37.
 AHEAD = 16
@@ -108,6 +109,7 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
     A schedule of the lr that cycles the momentum (``OneCycle(..., cycle_momentum=True)``) adds that of the momentum, or
     of beta1 where there is no momentum.
     """
+    names = tuple(name for name in names if name not in _FLAGS)
     if schedule is None:
         return {}
     if isinstance(schedule, Schedule):

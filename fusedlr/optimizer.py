@@ -223,6 +223,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step: norm, clip, lr and update, without waiting for a device.
 
+        Where no parameter has a gradient there is nothing to take: the clock and the schedules stand still.
+
         Args:
             closure: evaluates the model again and returns the loss, as in torch.optim.
 

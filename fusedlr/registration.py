@@ -6,7 +6,7 @@ So every step asks whether the groups are those that it knows (``is_current``), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from . import live
 from .clipping.fixed import as_clip
 from .flat import rehome
 from .groups import GROUP_KEY, as_schedules, check_parameters, own_tensors, scheduled_scalars
+from .precision import Precision
 from .schedules import Schedule
 from .state import Leaf
 
@@ -25,22 +26,32 @@ __all__ = ["bind_groups", "check_group", "is_current", "prepare_group", "registe
 
 _params = itemgetter("params")
 _schedule = itemgetter("schedule")
+_clip = itemgetter("clip")
+_norm_group = itemgetter("norm_group")
 
 
 def check_group(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
     """Raise an error for a param group that cannot be stepped as asked."""
-    clip = as_clip(group.get("clip", optimizer._clip))
-    if clip != optimizer._clip:
-        raise ValueError(
-            f"a param group has clip={clip!r}, but the optimizer has clip={optimizer._clip!r}: clipping is one for the "
-            "optimizer; pass clip to the constructor only"
-        )
-    if group.get("norm_group") is not None:
-        raise ValueError(f"norm_group must be None in this version of fusedlr, but got {group['norm_group']!r}")
+    _check_shared(optimizer, group)
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not possible here; use the optimizer of torch.optim")
     given = {k: v for k, v in {**optimizer.defaults, **group}.items() if k in optimizer.defaults}
     optimizer._checked(given)
+
+
+def _check_shared(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
+    """Raise an error for a param group with another value of what is one for the optimizer."""
+    shared = {"clip": optimizer._clip, "precision": optimizer._precision, "nonfinite": optimizer._nonfinite}
+    given = {name: group.get(name, value) for name, value in shared.items()}
+    given |= {"clip": as_clip(given["clip"]), "precision": given["precision"] or Precision()}
+    for name, value in given.items():
+        if value != shared[name]:
+            raise ValueError(
+                f"a param group has {name}={value!r}, but the optimizer has {name}={shared[name]!r}: {name} is one for "
+                "the optimizer; pass it to the constructor only"
+            )
+    if group.get("norm_group") is not None:
+        raise ValueError(f"norm_group must be None in this version of fusedlr, but got {group['norm_group']!r}")
 
 
 def prepare_group(optimizer: FusedOptimizer, index: int) -> None:
@@ -57,12 +68,17 @@ def prepare_group(optimizer: FusedOptimizer, index: int) -> None:
 
 
 def is_current(optimizer: FusedOptimizer) -> bool:
-    """Whether the groups, their schedules and their parameters are those that were registered."""
+    """Whether the groups, what is in them and their parameters are those that were registered."""
     groups = optimizer.param_groups
     lists = list(map(_params, groups))
     if list(map(len, lists)) != optimizer._sizes:
         return False
-    return all(map(is_, chain(groups, map(_schedule, groups), *lists), optimizer._registered))
+    return all(map(is_, chain(groups, *_objects(groups), *lists), optimizer._registered))
+
+
+def _objects(groups: Sequence[dict[str, Any]]) -> tuple[Iterator[Any], ...]:
+    """What a step takes from the groups as objects; what it takes as numbers it reads anew."""
+    return map(_schedule, groups), map(_clip, groups), map(_norm_group, groups)
 
 
 def register(optimizer: FusedOptimizer) -> None:
@@ -74,6 +90,8 @@ def register(optimizer: FusedOptimizer) -> None:
             for name, value in optimizer.defaults.items():
                 group.setdefault(name, value)
             prepare_group(optimizer, i)
+        else:
+            _check_shared(optimizer, group)
     known = {id(leaf.param): leaf for leaf in optimizer._leaves}
     params = [p for group in groups for p in group["params"]]
     homes = rehome(p for p in params if id(p) not in known) if optimizer._flatten else {}
@@ -102,7 +120,7 @@ def bind_groups(optimizer: FusedOptimizer) -> None:
     optimizer._schedules = schedules
     optimizer._max_norm_schedule = max_norm
     optimizer._timed = live.timed(schedules)
-    optimizer._registered = [*groups, *map(_schedule, groups), *optimizer._params]
+    optimizer._registered = [*groups, *chain(*_objects(groups)), *optimizer._params]
 
 
 def _max_norm_schedule(optimizer: FusedOptimizer, given: Sequence[Mapping[str, Schedule]]) -> Schedule | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import codecs
 from .conversion import check_stored, put_slot, put_weight
-from .flat import SMALL, Home, aligned, dense_strides, is_dense, memory_view, own_view
+from .flat import SMALL, Home, aligned, beginning, dense_strides, is_dense, memory_view, own_view, spare
 from .precision import GROUP, Precision, Storage, storage_of
 from .rule import Rule
 
@@ -171,7 +171,8 @@ class Bank:
     def _buffer(self, total: int, dtype: torch.dtype, place: int, value: float = 0.0) -> Tensor:
         far = _FAR_BYTES if total * dtype.itemsize >= _FAR_FROM else 0
         shift = place * (_STAGGER_BYTES + far) // dtype.itemsize
-        return torch.full((shift + total,), value, dtype=dtype, device=self.device)[shift:]
+        memory = torch.full((spare(dtype) + shift + total,), value, dtype=dtype, device=self.device)
+        return beginning(memory, shift + total)[shift:]
 
     def _room(self, leaf: Leaf) -> int:
         """Elements from the start of a leaf to that of the next: whole groups of 8-bit state."""

@@ -3,9 +3,10 @@
     python -m fusedlr.kernels.aot --arch sm_90 --out DIR
 
 writes one cubin a kernel (for an AMD target such as gfx942 one .hsaco), named kernel-rule-dtype[-format], and
-``table.json``, and prints the same table. It needs no GPU: Triton compiles for a named target, and brings the tools that
-show the result (``aot_code``). ``apply-adamw-bf16`` has bfloat16 parameters with bfloat16 state, ``apply-adamw-bf16-fp32`` bfloat16
-parameters with float32 state, ``...-int8_split8`` 8-bit state and 8 of the weights' missing bits. The columns:
+``table.json``, and prints the same table. It needs no GPU: Triton compiles for a named target, and the tools inside its
+package show the result (``aot_code``). ``apply-adamw-bf16`` has bfloat16 parameters with bfloat16 state,
+``apply-adamw-bf16-fp32`` bfloat16 parameters with float32 state, ``...-int8_split8`` 8-bit state and 8 of the weights'
+missing bits. The columns:
 
     registers           of a thread (on AMD its vector registers)
     shared              bytes of shared memory of a program: reductions need some, apply none

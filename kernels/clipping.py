@@ -15,8 +15,9 @@ def clip_factor(norm, max_norm, eps):
 
 @triton.jit
 def normalize_factor(norm, max_norm, eps):
-    """1/(norm + eps)."""
-    return 1.0 / (norm + eps)
+    """1/(norm + eps), 1 where that is 1/0: zeros stay zeros."""
+    whole = norm + eps
+    return tl.where(whole == 0.0, 1.0, 1.0 / whole)
 
 
 @triton.jit

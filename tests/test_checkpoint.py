@@ -258,6 +258,12 @@ def test_loading_goes_back_as_well(case: Case, seed: int) -> None:
         assert torch.equal(value, after[key]), key
 
 
+CLOCKS: dict[str, tuple[str, Any]] = {
+    "a clock of text": ("t", "3"), "a clock before 0": ("t", -5), "a clock between steps": ("t", 2.7),
+    "a clock of truth": ("t", True), "a clock of nothing": ("t", None), "a clock of skips": ("skipped_steps", -1),
+}  # fmt: skip
+
+
 def wrong(state_dict: dict[str, Any], how: str) -> dict[str, Any]:
     state_dict = copy.deepcopy(state_dict)
     if how == "more groups":
@@ -273,6 +279,9 @@ def wrong(state_dict: dict[str, Any], how: str) -> dict[str, Any]:
         del state_dict["param_groups"]
     elif how == "a state that is none":
         state_dict["state"][0] = 7
+    elif how.startswith("a clock"):
+        name, value = CLOCKS[how]
+        state_dict["param_groups"][-1]["fusedlr"][name] = value
     elif how == "hyper-parameters of another shape":
         state_dict["param_groups"][0]["amsgrad"] = True
         state_dict["state"][3]["max_exp_avg_sq"] = torch.zeros(2, 2)
@@ -288,6 +297,7 @@ def wrong(state_dict: dict[str, Any], how: str) -> dict[str, Any]:
         ("a step that is none", "parameter 2 has as 'step' str, but a single number was expected"),
         ("no param_groups", "needs the keys 'state' and 'param_groups', but got"),
         ("a state that is none", "the state of parameter 0 must be a dict"),
+        *((how, f"{name}={value!r} under 'fusedlr', but a count of steps") for how, (name, value) in CLOCKS.items()),
         (
             "hyper-parameters of another shape",
             r"'max_exp_avg_sq' of shape \(2, 2\), but the parameter has shape \(3,\)",

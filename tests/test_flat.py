@@ -71,6 +71,18 @@ def test_state_is_flat_and_aligned_wherever_the_parameters_are() -> None:
             assert [place - places[0] for place in places] == [sum(sizes[:i]) for i in range(5)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parameters_and_state_begin_at_multiples_of_128_bytes(dtype: torch.dtype) -> None:
+    """Whatever lies before them: a CPU allocates by 64 bytes."""
+    kept = []
+    for n in range(1, 40):
+        params = [parameter(n, dtype=dtype), parameter(3, dtype=dtype)]
+        optimizer = stepped(params)
+        kept += [optimizer, torch.empty(16 * n)]
+        arrays = [x for p in params for x in (p, *(optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")))]
+        assert [x.data_ptr() % 128 for x in arrays] == [0] * 6
+
+
 def test_the_padding_between_state_stays_zero() -> None:
     params = [parameter(n) for n in (1, 17, 300)]
     optimizer = stepped(params)
@@ -204,11 +216,16 @@ def buffer_of_a_state_dict() -> tuple[list[torch.nn.Parameter], object]:
     return list(model.parameters()), model.state_dict()
 
 
+def storage_in_other_hands() -> tuple[list[torch.nn.Parameter], object]:
+    p = parameter(6)
+    return [p], p.untyped_storage()
+
+
 Maker = Callable[[], tuple[list[torch.nn.Parameter], object]]
 
 STAYING: list[Maker] = [
     tied, alias, numpy_alias, part_of_a_buffer, with_gaps, expanded, in_shared_memory, from_numpy, without_elements,
-    frozen, subclass, buffer_of_a_state_dict,
+    frozen, subclass, buffer_of_a_state_dict, storage_in_other_hands,
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
 from typing import Any
 
@@ -134,6 +135,26 @@ def test_a_group_that_cannot_be_added_leaves_the_optimizer_as_it_was() -> None:
     torch.testing.assert_close(p.detach(), torch.full((2,), 0.9))
 
 
+@pytest.mark.parametrize(
+    "other", [{"precision": fusedlr.Precision.exact()}, {"nonfinite": "skip"}, {"clip": 2.0}], ids=str
+)
+def test_what_is_one_for_the_optimizer_is_not_for_a_group_to_say(other: dict[str, Any]) -> None:
+    p = Parameter(torch.ones(2, dtype=torch.bfloat16))
+    (name,) = other
+    with pytest.raises(ValueError, match=f"a param group has {name}=.* the optimizer has {name}=.*constructor only"):
+        fusedlr.Adam([{"params": [p], **other}])
+    optimizer = fusedlr.Adam([{"params": [p], **other}], **other)  # torch's ZeRO writes it there
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    saved.seek(0)
+    again = fusedlr.Adam([p], **other)
+    again.load_state_dict(torch.load(saved, weights_only=True))
+    again.step()
+    assert again.steps_taken == 2 and again.param_groups[0].keys() - optimizer.param_groups[0].keys() == set()
+
+
 def test_a_group_added_later_begins_with_the_lr_that_was_given() -> None:
     for lr in (0.1, torch.tensor(0.1)):
         p = Parameter(torch.ones(2))
@@ -174,7 +195,13 @@ def test_a_group_of_adamw_may_have_its_decay_coupled(seed: int) -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("wrong", [{"eps": "x"}, {"lr": None}, {"betas": (0.9, 1.5)}, {"betas": (0.9,)}], ids=str)
+WRONG: list[dict[str, Any]] = [
+    {"eps": "x"}, {"lr": None}, {"betas": (0.9, 1.5)}, {"betas": (0.9,)}, {"clip": 1.0}, {"clip": None},
+    {"norm_group": "world"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 @pytest.mark.parametrize("started", [False, True])
 def test_a_group_that_cannot_be_stepped_keeps_all_groups_as_they_were(wrong: dict[str, Any], started: bool) -> None:
     ours, _ = pair([(3,), (4,)])

@@ -114,6 +114,7 @@ def test_what_composes_a_cycle_composes_its_momentum() -> None:
             r"schedule\['momentum'\] and cycle_momentum=True of schedule\['lr'\] both drive momentum",
         ),
         ({"beta2": s.Constant()}, "unknown scalar 'beta2'"),
+        ({"nesterov": s.Constant()}, "unknown scalar 'nesterov'"),
     ],
 )
 def test_two_alternatives_are_refused(schedule: Any, message: str) -> None:

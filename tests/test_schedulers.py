@@ -293,6 +293,16 @@ def test_the_facade_is_a_scheduler_that_only_counts(seed: int) -> None:
     assert optimizer.next_lr() == [COSINE(5, 0.1)], "step() of the facade moves no clock"
 
 
+def test_a_facade_that_comes_later_shows_the_lr_of_the_last_step(seed: int) -> None:
+    model = make_model()
+    optimizer = fusedlr.AdamW(model.parameters(), lr=0.1, schedule=COSINE)
+    train(model, optimizer, range(3))
+    scheduler = optimizer.lr_scheduler()
+    assert scheduler.get_last_lr() == scheduler._last_lr == [COSINE(2, 0.1)]
+    scheduler.step()
+    assert scheduler.get_last_lr() == scheduler._last_lr == [COSINE(3, 0.1)]
+
+
 def test_the_facade_goes_through_a_checkpoint(seed: int) -> None:
     model = make_model()
     optimizer = fusedlr.AdamW(model.parameters(), lr=0.1, schedule=COSINE)

@@ -30,11 +30,11 @@ def clip_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
 
 
 def normalize_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
-    """1/(norm + eps) for a float or a tensor; ``max_norm`` is not used."""
-    if isinstance(norm, Tensor):
-        return 1.0 / (norm + eps)
+    """1/(norm + eps) for a float or a tensor, 1 where that is 1/0: zeros stay zeros; ``max_norm`` is not used."""
     whole = norm + eps
-    return math.inf if whole == 0.0 else 1.0 / whole
+    if isinstance(whole, Tensor):
+        return torch.where(whole == 0.0, 1.0, 1.0 / whole)
+    return 1.0 if whole == 0.0 else 1.0 / whole
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Normalize(Clip):
 
     Args:
         scope: "tensor" or "global".
-        eps: added to the (Euclidean) norm, >= 0; with 0, a gradient of zeros becomes NaN.
+        eps: added to the (Euclidean) norm, >= 0; a gradient of zeros stays one, with 0 too.
 
     Raises:
         ValueError: for another scope or a negative eps.

@@ -37,7 +37,13 @@ class FusedLRScheduler(LRScheduler):
         self.base_lrs = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self.last_epoch = 0
         self._step_count = 1
-        self._clock = optimizer.steps_taken
+        # The clock at the last ``step()``: the beginning counts as one, but not where steps were taken before.
+        self._clock = -1 if optimizer.steps_taken else 0
+
+    @property
+    def _last_lr(self) -> list[float]:  # type: ignore[override]
+        """Where torch's own schedulers keep it, and some frameworks look."""
+        return self.get_last_lr()
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The lr of the next optimizer step."""
