@@ -196,6 +196,7 @@ class Adam(FusedOptimizer):
         - torch's fused kernel for GPUs takes the betas in float32, where 1 - 0.999 is 1.3e-5 off; here 1 - beta is
           float64, as in torch's other versions, and the bias corrections are taken without cancellation (not in
           PyTorch's CPU operator).
+        - On a CPU ``max_exp_avg_sq`` takes no NaN, as in torch with fused=True; averages and parameters do.
 
     Source:
         Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015); AMSGrad: Reddi et al., "On the Convergence
@@ -326,6 +327,7 @@ class AdamW(FusedOptimizer):
         - torch's fused kernel for GPUs takes the betas in float32, where 1 - 0.999 is 1.3e-5 off; here 1 - beta is
           float64, as in torch's other versions, and the bias corrections are taken without cancellation (not in
           PyTorch's CPU operator).
+        - On a CPU ``max_exp_avg_sq`` takes no NaN, as in torch with fused=True; averages and parameters do.
 
     Source:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), as :class:`torch.optim.AdamW` has it.
