@@ -9,7 +9,7 @@ for the reader.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
 __all__ = ["begin", "full_precision", "is_hidden_step", "own_state", "restore", "revive", "save",
-           "take_own_state"]  # fmt: skip
+           "steps_brought", "take_own_state"]  # fmt: skip
 
 # What the code that builds an optimizer gives. precision is in a group where somebody has put it there.
 _CODE_KEYS = ("schedule", "clip", "norm_group", "precision")
@@ -227,8 +227,19 @@ def _take_in(optimizer: FusedOptimizer) -> None:
 
 
 def _largest_step(optimizer: FusedOptimizer) -> int:
-    banks = {id(leaf.bank): leaf.bank for leaf in optimizer._leaves if leaf.bank is not None}
-    return max((int(bank.steps.max().item()) for bank in banks.values()), default=0)
+    return _largest({id(leaf.bank): leaf.bank for leaf in optimizer._leaves if leaf.bank is not None}.values())
+
+
+def _largest(banks: Iterable[Bank]) -> int:
+    return max((int(bank.steps.max().item()) for bank in banks), default=0)
+
+
+def steps_brought(banks: Sequence[Bank]) -> int:
+    """The largest step of state that somebody had put beside the parameters, as torch's ZeRO loads it.
+
+    Where no step was taken here, that is where the clock begins, as with a checkpoint of torch's.
+    """
+    return _largest(bank for bank in banks if any(bank.before))
 
 
 def _steps_elsewhere(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> int:

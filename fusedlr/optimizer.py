@@ -359,6 +359,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
         adopt_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
+        if self._t == 0 and (brought := checkpoint.steps_brought(banks)):
+            self._t = brought
+            for clock in self._clocks.values():
+                clock[0].fill_(brought)
         plan = Plan(leaves, active, ptrs, executors)
         for executor in executors:
             executor.prepare(rules)

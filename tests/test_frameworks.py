@@ -206,3 +206,17 @@ def test_zero_redundancy_optimizer_hands_our_arguments_on(seed: int) -> None:
     assert isinstance(optimizer.optim, fusedlr.AdamW)
     assert optimizer.optim.last_lr == [COSINE(4, 0.02)]
     assert_same_model(model, other, **CLOSE)
+    optimizer.consolidate_state_dict()
+    saved = optimizer.state_dict()
+    again = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=fusedlr.AdamW, lr=0.02, schedule=COSINE, clip=0.5, backend="torch"
+    )
+    again.load_state_dict(saved)  # puts the state into the optimizer's by hand
+    gradients(model, 5)
+    gradients(other, 5)
+    nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+    oracle.param_groups[0]["lr"] = COSINE(5, 0.02)
+    again.step()
+    oracle.step()
+    assert again.optim.last_lr == [COSINE(5, 0.02)] and again.optim.steps_taken == 6
+    assert_same_model(model, other, **CLOSE)
