@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -95,7 +96,7 @@ def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
             )
         for name in ("t", "skipped_steps", "steps"):
             count = marks.get(name, 0)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            if isinstance(count, bool) or not hasattr(count, "__index__") or not 0 <= index(count) < 2**62:
                 raise ValueError(
                     f"param group {i} of the state_dict has {name}={count!r} under {GROUP_KEY!r}, but a count of steps "
                     "was expected, an integer >= 0; the checkpoint is damaged"
@@ -135,6 +136,7 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
     for group, before in zip(optimizer.param_groups, groups_before, strict=True):
         for key in _CODE_KEYS:
             group.pop(key, None)
+        group["clip"] = optimizer._clip
         for key, value in before.items():
             if key not in group:
                 # A checkpoint of torch.optim has none of fusedlr's keys; it has an initial_lr only under a scheduler.
@@ -151,9 +153,9 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
     if "seed" in saved:
         use_precision(optimizer, replace(optimizer._precision, seed=int(saved["seed"])))
     _take_in(optimizer)
-    optimizer._t = saved["t"] + stepped if "t" in saved else _largest_step(optimizer)
+    optimizer._t = int(saved["t"]) + stepped if "t" in saved else _largest_step(optimizer)
     optimizer._last_lr = []
-    optimizer._skipped_before = saved.get("skipped_steps", 0)
+    optimizer._skipped_before = int(saved.get("skipped_steps", 0))
     for clock in optimizer._clocks.values():
         clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
     optimizer._records.load(_statistics(state_dict))
@@ -252,9 +254,8 @@ def _steps_elsewhere(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -
     # A state_dict that was not copied goes on counting with whoever made it, who may have been this optimizer.
     mine = {leaf.step.data_ptr() for leaf in optimizer._leaves if leaf.step is not None}
     is_live = any(isinstance(step, Tensor) and step.data_ptr() in mine for step in steps)
-    own = max(0, sync_clock(optimizer)[0] - marks["t"]) if is_live else 0
-    known: int = marks["steps"] + own
-    return max(0, int(max(map(float, steps), default=0.0)) - known)
+    own = max(0, sync_clock(optimizer)[0] - int(marks["t"])) if is_live else 0
+    return max(0, int(max(map(float, steps), default=0.0)) - int(marks["steps"]) - own)
 
 
 def is_hidden_step(optimizer: FusedOptimizer, banks: Sequence[Bank]) -> bool:

@@ -89,7 +89,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._leaves: list[Leaf] = []
         self._params: list[Tensor] = []
         self._sizes: list[int] = []  # of the groups that are registered, ...
-        self._registered: list[Any] = []  # ... which are these, with their schedules and parameters
+        self._registered: list[Any] = []  # ... which are these, with their schedules, clips and parameters
+        self._marks: list[dict[str, Any]] = []  # and what fusedlr keeps in them
         self._schedules: list[list[Scheduled]] = []
         self._timed: list[tuple[Scheduled, live.Timed]] = []
         self._max_norm_schedule: Any = None

@@ -7,7 +7,8 @@ So every step asks whether the groups are those that it knows (``is_current``), 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,6 @@ __all__ = ["bind_groups", "check_group", "is_current", "prepare_group", "registe
 
 _params = itemgetter("params")
 _schedule = itemgetter("schedule")
-_clip = itemgetter("clip")
-_norm_group = itemgetter("norm_group")
 
 
 def check_group(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
@@ -41,17 +40,30 @@ def check_group(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
 
 def _check_shared(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
     """Raise an error for a param group with another value of what is one for the optimizer."""
-    shared = {"clip": optimizer._clip, "precision": optimizer._precision, "nonfinite": optimizer._nonfinite}
-    given = {name: group.get(name, value) for name, value in shared.items()}
-    given |= {"clip": as_clip(given["clip"]), "precision": given["precision"] or Precision()}
-    for name, value in given.items():
-        if value != shared[name]:
-            raise ValueError(
-                f"a param group has {name}={value!r}, but the optimizer has {name}={shared[name]!r}: {name} is one for "
-                "the optimizer; pass it to the constructor only"
-            )
+    _check_clip(optimizer, group)
+    nonfinite = group.get("nonfinite", optimizer._nonfinite)
+    if nonfinite != optimizer._nonfinite:
+        raise _another("nonfinite", nonfinite, optimizer._nonfinite)
+    own = optimizer._precision
+    precision = group.get("precision", own) or Precision()
+    # The optimizer's seed is that of the checkpoint that was loaded.
+    if not isinstance(precision, Precision) or replace(precision, seed=own.seed) != own:
+        raise _another("precision", precision, own)
+
+
+def _check_clip(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
+    clip = as_clip(group.get("clip", optimizer._clip))
+    if clip != optimizer._clip:
+        raise _another("clip", clip, optimizer._clip)
     if group.get("norm_group") is not None:
         raise ValueError(f"norm_group must be None in this version of fusedlr, but got {group['norm_group']!r}")
+
+
+def _another(name: str, value: Any, own: Any) -> ValueError:
+    return ValueError(
+        f"a param group has {name}={value!r}, but the optimizer has {name}={own!r}: {name} is one for the optimizer; "
+        "pass it to the constructor only"
+    )
 
 
 def prepare_group(optimizer: FusedOptimizer, index: int) -> None:
@@ -78,7 +90,8 @@ def is_current(optimizer: FusedOptimizer) -> bool:
 
 def _objects(groups: Sequence[dict[str, Any]]) -> tuple[Iterator[Any], ...]:
     """What a step takes from the groups as objects; what it takes as numbers it reads anew."""
-    return map(_schedule, groups), map(_clip, groups), map(_norm_group, groups)
+    get = dict[str, Any].get
+    return map(_schedule, groups), map(get, groups, repeat("clip")), map(get, groups, repeat("norm_group"))
 
 
 def register(optimizer: FusedOptimizer) -> None:
@@ -90,8 +103,10 @@ def register(optimizer: FusedOptimizer) -> None:
             for name, value in optimizer.defaults.items():
                 group.setdefault(name, value)
             prepare_group(optimizer, i)
-        else:
-            _check_shared(optimizer, group)
+        elif any(group[GROUP_KEY] is marks for marks in optimizer._marks):
+            _check_clip(optimizer, group)
+        else:  # somebody has put a checkpoint there, whose clip is that of another run
+            group["clip"] = optimizer._clip
     known = {id(leaf.param): leaf for leaf in optimizer._leaves}
     params = [p for group in groups for p in group["params"]]
     homes = rehome(p for p in params if id(p) not in known) if optimizer._flatten else {}
@@ -120,6 +135,7 @@ def bind_groups(optimizer: FusedOptimizer) -> None:
     optimizer._schedules = schedules
     optimizer._max_norm_schedule = max_norm
     optimizer._timed = live.timed(schedules)
+    optimizer._marks = [group[GROUP_KEY] for group in groups]
     optimizer._registered = [*groups, *chain(*_objects(groups)), *optimizer._params]
 
 

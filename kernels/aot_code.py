@@ -52,6 +52,8 @@ def read_cubins(paths: Sequence[Path], arch: str) -> list[Code]:
 
     nvdisasm takes half a second to start and no time to run: it is given the instructions of all kernels at once.
     """
+    if not paths:
+        return []
     codes = [_instructions(path.read_bytes()) for path in paths]
     with tempfile.TemporaryDirectory() as folder:
         joined = Path(folder) / "joined.bin"

@@ -149,10 +149,30 @@ def test_what_is_one_for_the_optimizer_is_not_for_a_group_to_say(other: dict[str
     saved = io.BytesIO()
     torch.save(optimizer.state_dict(), saved)
     saved.seek(0)
+    copy.deepcopy(optimizer).step()
     again = fusedlr.Adam([p], **other)
     again.load_state_dict(torch.load(saved, weights_only=True))
     again.step()
     assert again.steps_taken == 2 and again.param_groups[0].keys() - optimizer.param_groups[0].keys() == set()
+
+
+def test_the_clip_of_a_saved_group_is_that_of_another_run() -> None:
+    """torch's ZeRO, and others, write groups of a checkpoint over those that are there."""
+    p = Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    saving = fusedlr.SGD([{"params": [p], "nonfinite": "skip"}], lr=1.0, clip=1.0, nonfinite="skip")
+    saving.step()
+    optimizer = fusedlr.SGD([p], lr=1.0, clip=clipping.Value(0.5))
+    optimizer.step()
+    before = p.detach().clone()
+    saved = saving.state_dict()["param_groups"][0]
+    optimizer.param_groups[0].update({key: value for key, value in saved.items() if key not in ("params", "schedule")})
+    optimizer.step()
+    assert torch.equal(p, before - 0.5) and optimizer.param_groups[0]["clip"] == clipping.Value(0.5)
+    for other in (optimizer, copy.deepcopy(optimizer)):
+        other.add_param_group({"params": [Parameter(torch.ones(3))]})
+        other.param_groups[0].pop("norm_group")
+        other.step()
 
 
 def test_a_group_added_later_begins_with_the_lr_that_was_given() -> None:

@@ -303,6 +303,15 @@ def test_a_facade_that_comes_later_shows_the_lr_of_the_last_step(seed: int) -> N
     assert scheduler.get_last_lr() == scheduler._last_lr == [COSINE(3, 0.1)]
 
 
+def test_torchs_sequential_scheduler_may_hold_the_facade(seed: int) -> None:
+    model = make_model()
+    optimizer = fusedlr.AdamW(model.parameters(), lr=0.1, schedule=COSINE)
+    facade = optimizer.lr_scheduler()
+    facade._last_lr = [7.0]  # as torch's schedulers do to one another at a handover
+    train(model, optimizer, range(2))
+    assert facade._last_lr == optimizer.last_lr == [COSINE(1, 0.1)]
+
+
 def test_the_facade_goes_through_a_checkpoint(seed: int) -> None:
     model = make_model()
     optimizer = fusedlr.AdamW(model.parameters(), lr=0.1, schedule=COSINE)

@@ -40,10 +40,14 @@ class FusedLRScheduler(LRScheduler):
         # The clock at the last ``step()``: the beginning counts as one, but not where steps were taken before.
         self._clock = -1 if optimizer.steps_taken else 0
 
-    @property
-    def _last_lr(self) -> list[float]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def _last_lr(self) -> list[float]:
         """Where torch's own schedulers keep it, and some frameworks look."""
         return self.get_last_lr()
+
+    @_last_lr.setter
+    def _last_lr(self, lrs: Any) -> None:
+        """torch's SequentialLR writes it; the optimizer knows."""
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The lr of the next optimizer step."""
