@@ -22,7 +22,7 @@ from .live import Metered, plain
 from .precision import Precision, check_precision
 from .registration import bind_groups, register
 from .schedules import Schedule
-from .state import Bank, adopt, check_entry, ensure_state, entry_of, stored_keys
+from .state import Bank, Leaf, adopt, check_entry, ensure_state, entry_of, stored_keys
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -201,9 +201,6 @@ def full_precision(optimizer: FusedOptimizer) -> dict[Tensor, Tensor]:
 def use_precision(optimizer: FusedOptimizer, precision: Precision) -> None:
     """Store what comes in this precision from now on."""
     optimizer._precision = precision
-    for group in optimizer.param_groups:
-        if "precision" in group:
-            group["precision"] = precision
     for leaf in optimizer._leaves:
         leaf.precision = precision
 
@@ -236,12 +233,12 @@ def _largest(banks: Iterable[Bank]) -> int:
     return max((int(bank.steps.max().item()) for bank in banks), default=0)
 
 
-def steps_brought(banks: Sequence[Bank]) -> int:
+def steps_brought(new: Sequence[Bank], replaced: Sequence[Leaf]) -> int:
     """The largest step of state that somebody had put beside the parameters, as torch's ZeRO loads it.
 
     Where no step was taken here, that is where the clock begins, as with a checkpoint of torch's.
     """
-    return _largest(bank for bank in banks if any(bank.before))
+    return _largest([*(bank for bank in new if any(bank.before)), *{leaf.bank for leaf in replaced if leaf.bank}])
 
 
 def _steps_elsewhere(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> int:

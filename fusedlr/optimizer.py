@@ -358,9 +358,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         executors = executors_for(self._backend, leaves)
         guards = self._nonfinite != "propagate" or self._may_skip
         check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
-        adopt_replaced(self._leaves, rules, self.state)
+        replaced = adopt_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
-        if self._t == 0 and (brought := checkpoint.steps_brought(banks)):
+        began = self._t or self._last_lr  # the hidden step of torch's distributed checkpoints does not count, but shows
+        if not began and (brought := checkpoint.steps_brought(banks, replaced)):
             self._t = brought
             for clock in self._clocks.values():
                 clock[0].fill_(brought)

@@ -52,6 +52,7 @@ def _check_shared(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
 
 
 def _check_clip(optimizer: FusedOptimizer, group: Mapping[str, Any]) -> None:
+    """The same for what a step looks at."""
     clip = as_clip(group.get("clip", optimizer._clip))
     if clip != optimizer._clip:
         raise _another("clip", clip, optimizer._clip)
@@ -90,8 +91,7 @@ def is_current(optimizer: FusedOptimizer) -> bool:
 
 def _objects(groups: Sequence[dict[str, Any]]) -> tuple[Iterator[Any], ...]:
     """What a step takes from the groups as objects; what it takes as numbers it reads anew."""
-    get = dict[str, Any].get
-    return map(_schedule, groups), map(get, groups, repeat("clip")), map(get, groups, repeat("norm_group"))
+    return map(_schedule, groups), map(dict.get, groups, repeat("clip")), map(dict.get, groups, repeat("norm_group"))
 
 
 def register(optimizer: FusedOptimizer) -> None:

@@ -332,8 +332,8 @@ def _put(number: Tensor, value: Any, otherwise: float) -> None:
         number.copy_(value.reshape(()))
 
 
-def adopt_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> None:
-    """Bring replaced state into the banks; a parameter whose state was removed starts anew, as in torch."""
+def adopt_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> list[Leaf]:
+    """Bring replaced state into the banks, and tell whose; where it was removed it starts anew, as in torch."""
     changed = []
     for leaf in leaves:
         if leaf.bank is None or not leaf.fits(rules[leaf.group]):
@@ -345,6 +345,7 @@ def adopt_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: Mutable
     for leaf, entry in changed:
         adopt(leaf, entry)
         state[leaf.param] = entry_of(leaf, entry)
+    return [leaf for leaf, _ in changed]
 
 
 def _is_view(value: Any, view: Tensor) -> bool:

@@ -156,6 +156,34 @@ def test_what_is_one_for_the_optimizer_is_not_for_a_group_to_say(other: dict[str
     assert again.steps_taken == 2 and again.param_groups[0].keys() - optimizer.param_groups[0].keys() == set()
 
 
+@pytest.mark.parametrize("name", ["Adam", "Adagrad"])  # Adagrad has state from the start
+def test_the_clock_begins_where_state_was_put(name: str) -> None:
+    p, schedule = Parameter(torch.ones(2)), schedules.Linear(10, 1.0, 0.0)
+    p.grad = torch.ones(2)
+    first = getattr(fusedlr, name)([p], lr=0.1, schedule=schedule)
+    for _ in range(3):
+        first.step()
+    optimizer = getattr(fusedlr, name)([p], lr=0.1, schedule=schedule)
+    optimizer.state[p] = {key: value.clone() for key, value in first.state[p].items()}
+    optimizer.step()
+    assert optimizer.last_lr == [schedule(3, 0.1)] and optimizer.steps_taken == 4
+
+
+def test_the_hidden_step_is_none_where_its_state_moves_on() -> None:
+    """torch's distributed checkpoints take it; state of another form is then made from what it left."""
+    p, schedule = Parameter(torch.ones(2)), schedules.Linear(10, 1.0, 0.0)
+    optimizer = fusedlr.Adam([p], lr=0.1, schedule=schedule)
+    lr = optimizer.param_groups[0]["lr"]
+    p.grad = torch.zeros(2)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.param_groups[0]["amsgrad"] = True
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.last_lr == [0.1] and optimizer.steps_taken == 1
+
+
 def test_the_clip_of_a_saved_group_is_that_of_another_run() -> None:
     """torch's ZeRO, and others, write groups of a checkpoint over those that are there."""
     p = Parameter(torch.ones(2))
