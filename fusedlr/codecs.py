@@ -199,7 +199,8 @@ def encode(x: Tensor, unsigned: bool) -> tuple[Tensor, Tensor]:
     """A flat float32 as (8-bit codes, scales), each to the nearest; what is not 0 stays so without a sign."""
     d, top = (UNSIGNED_D, UNSIGNED_TOP) if unsigned else (SIGNED_D, SIGNED_TOP)
     scales = group_scales(x)
-    inverse = torch.where(scales >= LEAST, top / scales, 0.0)
+    # A tensor on both sides: a number over a tensor is torch's reciprocal times the number, which rounds twice.
+    inverse = torch.where(scales >= LEAST, scales.new_full((), top) / scales, 0.0)
     bits = x.view(torch.int32)
     shifted = (x.abs() * _spread(inverse, x.numel()) + d).view(torch.int32)
     codes = (shifted + (HALF - _bits(d))) >> SHIFT

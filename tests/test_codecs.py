@@ -264,6 +264,16 @@ def _run_bits(x_ptr, bits_ptr, p16_ptr, low16_ptr, p8_ptr, low8_ptr, whole_ptr, 
 def test_both_backends_write_the_same_codes(unsigned: bool, seed: int) -> None:
     x = spread(4096, unsigned).to(DEVICE)
     x[::7] = 0.0
+    # A third of them within two float32 of the middle between two codes, where one rounding more decides.
+    chosen, scales = codecs.encode(x, unsigned)
+    first = codecs.UNSIGNED_D if unsigned else codecs.SIGNED_D
+    top = codecs.UNSIGNED_TOP if unsigned else codecs.SIGNED_TOP
+    lower = (chosen.int().abs() << codecs.SHIFT) + codecs.HALF + torch.tensor(first).view(torch.int32)
+    middle = (lower.view(torch.float32) - first).double() * scales.repeat_interleave(64).double() / top
+    jitter = torch.randint(-2, 3, (4096,), dtype=torch.int32, device=DEVICE)
+    middle = (middle.float().view(torch.int32) + jitter).view(torch.float32)
+    between = (x != 0.0) & (x.abs() < scales.repeat_interleave(64) / 2) & (torch.rand(4096, device=DEVICE) < 0.4)
+    x = torch.where(between, torch.copysign(middle, x), x)
     codes = torch.empty(4096, dtype=torch.int8, device=DEVICE)
     scales, back = torch.empty(64, device=DEVICE), torch.empty(4096, device=DEVICE)
     _run_codes[(1,)](x, codes, scales, back, unsigned, 64)
