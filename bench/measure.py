@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,11 +37,16 @@ class DisagreementError(AssertionError):
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds per step of both sides, one number a round; the rounds of one build follow each other."""
+    """Milliseconds per step of both sides, one number a round; the rounds of one build follow each other.
+
+    On a CPU also those of the forward and backward passes before the steps: a faster step must not be paid for there.
+    """
 
     fusedlr: list[float]
     peer: list[float]
     builds: int = 1
+    fusedlr_backward: list[float] = field(default_factory=list)
+    peer_backward: list[float] = field(default_factory=list)
 
     def percentiles(self, milliseconds: list[float]) -> tuple[float, float, float]:
         """The 20th, 50th and 80th, found within each build, then averaged over the builds.
@@ -92,13 +98,14 @@ class Comparison:
             for _, contender in self.sides:
                 contender.capture()
         times: tuple[list[float], list[float]] = ([], [])
+        before: tuple[list[float], list[float]] = ([], [])
         for i in range(rounds):
             for side in self.order if i % 2 == 0 else reversed(self.order):
-                self.prepare(side)
+                before[side].append(self._timed(partial(self.prepare, side)))
                 times[side].append(self._timed(self.sides[side][1].step))
             self.steps += 1
         self.compare()
-        return Times(*times)
+        return Times(*times, 1, *(before if self.case.device == "cpu" else ()))
 
     def check(self) -> None:
         """Take a few steps on both sides and compare."""
@@ -201,6 +208,8 @@ def time_builds(case: Case, peer: str, rounds: int) -> Times:
         part = Comparison(case, peer, peer_first=i % 2 == 1).check_then_time(share)
         times.fusedlr.extend(part.fusedlr)
         times.peer.extend(part.peer)
+        times.fusedlr_backward.extend(part.fusedlr_backward)
+        times.peer_backward.extend(part.peer_backward)
         gc.collect()  # the next build needs the memory of this one
     return times
 

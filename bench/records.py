@@ -43,6 +43,7 @@ def record(
 ) -> dict[str, float | int | str | bool | None]:
     """One line of a results file. It is written of steps that were compared before and after, hence `checked`."""
     ours, theirs = times.percentiles(times.fusedlr), times.percentiles(times.peer)
+    backward = {"fusedlr": times.fusedlr_backward, "peer": times.peer_backward}
     return {
         **shared,
         "case": case.name,
@@ -58,6 +59,7 @@ def record(
         "peer": peer,
         **{f"fusedlr_ms_p{p}": ms for p, ms in zip((20, 50, 80), ours, strict=True)},
         **{f"peer_ms_p{p}": ms for p, ms in zip((20, 50, 80), theirs, strict=True)},
+        **{f"{side}_backward_ms_p50": times.percentiles(ms)[1] if ms else None for side, ms in backward.items()},
         "rounds": len(times.fusedlr),
         "bytes_per_param_floor": case.bytes_per_param_floor,
         "copy_gbps": copy_gbps,

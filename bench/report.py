@@ -35,7 +35,8 @@ Written by `python bench/report.py` (`make report`) from the records under `benc
 [bench/README.md](../bench/README.md) says what is timed and how both sides are checked against each other; every peer
 clips and follows the same schedule. *Ratio*: how many times as long the peer takes. *Bandwidth*: the bytes that a step
 must move, per second, as a part of what a copy moves on the same machine; above 100 % where caches hold the model, or
-where a copy also reads the memory that it writes. Times are medians, with the 20th and 80th percentiles, on a
+where a copy also reads the memory that it writes. *Backward*: the ratio of the forward and backward passes before the
+steps, which a step must not slow down. Times are medians, with the 20th and 80th percentiles, on a
 CPU of each of four builds, and then the mean of these.
 """
 NOTHING = "No record yet.\n"
@@ -199,15 +200,21 @@ def cases(rows: list[Record]) -> str:
         lines.append(
             [f"`{line['case']}`", line["optimizer"], f"{line['n_params']:,} in {line['n_tensors']:,}", dtypes,
              f"`{line['peer']}`", times(line, "fusedlr"), times(line, "peer"), f"{ratio(line):.2f}x",
-             f"{line['bytes_per_param_floor']:g}", f"{bandwidth_fraction(line):.0%}"]
+             f"{line['bytes_per_param_floor']:g}", f"{bandwidth_fraction(line):.0%}", backward(line)]
         )  # fmt: skip
     head = ["case", "rule", "parameters in tensors", "dtype", "peer", "fusedlr, ms", "peer, ms", "ratio"]
-    return table([*head, "bytes a parameter", "bandwidth"], lines)
+    return table([*head, "bytes a parameter", "bandwidth", "backward"], lines)
 
 
 def times(line: Record, side: str) -> str:
     low, middle, high = (milliseconds(line[f"{side}_ms_p{p}"]) for p in (20, 50, 80))
     return f"{middle} ({low} to {high})"
+
+
+def backward(line: Record) -> str:
+    """How many times as long the peer's forward and backward pass takes; empty where it was not timed."""
+    ours, theirs = (line.get(f"{side}_backward_ms_p50") for side in ("fusedlr", "peer"))
+    return f"{theirs / ours:.2f}x" if ours and theirs else ""
 
 
 def milliseconds(value: float) -> str:

@@ -50,6 +50,8 @@ FIELDS = {
     "peer_ms_p20": float,
     "peer_ms_p50": float,
     "peer_ms_p80": float,
+    "fusedlr_backward_ms_p50": (float, type(None)),
+    "peer_backward_ms_p50": (float, type(None)),
     "rounds": int,
     "bytes_per_param_floor": (float, int),
     "copy_gbps": float,
@@ -75,6 +77,7 @@ def test_run_appends_one_record_for_each_peer(tmp_path, capsys):
         assert (line["dtype"], line["clip"], line["schedule"], line["rounds"]) == ("float32", 1.0, "cosine", 20)
         for side in ("fusedlr", "peer"):
             assert 0 < line[f"{side}_ms_p20"] <= line[f"{side}_ms_p50"] <= line[f"{side}_ms_p80"]
+            assert line[f"{side}_backward_ms_p50"] > 0
         assert line["copy_gbps"] > 0 and line["threads"] == torch.get_num_threads()
     assert lines[1]["time"] == lines[2]["time"]
     printed = capsys.readouterr().out
@@ -94,9 +97,11 @@ def test_threads_are_set_and_recorded(tmp_path):
 
 def test_records_in_the_tree_have_the_documented_form():
     for line in report.read(ROOT / "bench" / "results"):
-        # Records of before there was a number of threads are without one.
-        for field, types in FIELDS.items():
-            assert isinstance(line.get(field) if field == "threads" else line[field], types), (line, field)
+        # Older records lack what came later.
+        missing = FIELDS.keys() - line.keys()
+        assert missing <= {"threads", "fusedlr_backward_ms_p50", "peer_backward_ms_p50"}
+        for field in FIELDS.keys() - missing:
+            assert isinstance(line[field], FIELDS[field]), (line, field)
 
 
 def without_clipping(case: Case, params: list[Parameter]) -> Contender:
@@ -255,6 +260,8 @@ def test_both_sides_are_built_anew_and_take_turns_in_who_allocates_first(monkeyp
     times = measure.time_builds(TINY, "torch-fused", 22)
     assert built == [(0, 1), (1, 0), (0, 1), (1, 0)]
     assert len(times.fusedlr) == len(times.peer) == 22 and min(times.fusedlr + times.peer) > 0
+    backward = times.fusedlr_backward, times.peer_backward
+    assert [len(ms) for ms in backward] == [22, 22] and min(map(min, backward)) > 0
 
 
 def test_percentiles_are_those_of_a_build_averaged():
@@ -378,12 +385,15 @@ def test_least_traffic(case, floor):
 
 def test_derived_numbers():
     shared = {"device": "a"}
-    line = record(shared, TINY, "torch-fused", Times([1.0, 2.0, 3.0], [3.0, 4.0, 5.0]), copy_gbps=100.0)
+    times = Times([1.0, 2.0, 3.0], [3.0, 4.0, 5.0], 1, [7.0, 9.0, 8.0], [9.0, 9.0, 6.0])
+    line = record(shared, TINY, "torch-fused", times, copy_gbps=100.0)
     assert ratio(line) == 2.0
+    assert (line["fusedlr_backward_ms_p50"], line["peer_backward_ms_p50"]) == (8.0, 9.0)
     assert (line["dtype"], line["state_dtype"]) == ("float32", "float32")
     mixed = replace(TINY, dtype=torch.bfloat16, precision={"state": "fp32"})
     line16 = record(shared, mixed, "torch-fused", Times([1.0], [3.0]), copy_gbps=100.0)
     assert (line16["dtype"], line16["state_dtype"]) == ("bfloat16", "float32")
+    assert line16["fusedlr_backward_ms_p50"] is None  # as on a GPU, where gradients are written by a kernel
     assert bandwidth_fraction(line) == pytest.approx(105 * 32 / (2.0e-3 * 100e9))
 
 

@@ -120,7 +120,9 @@ def test_a_row_has_times_ratio_bytes_and_bandwidth():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2:5] == ["95,278,080 in 146", "float32", "`torch-fused`"]
     # 95,278,080 parameters of 32 bytes in 80 ms are 38.1 of 20 GB/s.
-    assert cells[5:] == ["80.0 (80.0 to 80.0)", "100.0 (100.0 to 100.0)", "1.25x", "32", "191%"]
+    assert cells[5:] == ["80.0 (80.0 to 80.0)", "100.0 (100.0 to 100.0)", "1.25x", "32", "191%", ""]
+    timed = {**RECORDS[-1], "fusedlr_backward_ms_p50": 40.0, "peer_backward_ms_p50": 41.0}
+    assert any(row.endswith(" | 1.02x |") for row in report.page([timed]).splitlines())
 
 
 def test_of_every_case_the_newest_run_counts_and_older_ones_are_listed():
