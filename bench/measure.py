@@ -39,7 +39,7 @@ class DisagreementError(AssertionError):
 class Times:
     """Milliseconds per step of both sides, one number a round; the rounds of one build follow each other.
 
-    On a CPU also those of the forward and backward passes before the steps: a faster step must not be paid for there.
+    On a CPU also those of the backward passes before the steps: a faster step must not be paid for there.
     """
 
     fusedlr: list[float]
@@ -89,6 +89,7 @@ class Comparison:
             sides[side] = params, builds[side](case, params)
         self.sides = [sides[0], sides[1]]
         self.steps = 0
+        self.backward_ms: tuple[list[float], list[float]] = ([], [])
         self._trash = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=case.device)
 
     def check_then_time(self, rounds: int) -> Times:
@@ -98,14 +99,14 @@ class Comparison:
             for _, contender in self.sides:
                 contender.capture()
         times: tuple[list[float], list[float]] = ([], [])
-        before: tuple[list[float], list[float]] = ([], [])
+        self.backward_ms = ([], [])
         for i in range(rounds):
             for side in self.order if i % 2 == 0 else reversed(self.order):
-                before[side].append(self._timed(partial(self.prepare, side)))
+                self.prepare(side)
                 times[side].append(self._timed(self.sides[side][1].step))
             self.steps += 1
         self.compare()
-        return Times(*times, 1, *(before if self.case.device == "cpu" else ()))
+        return Times(*times, 1, *self.backward_ms)
 
     def check(self) -> None:
         """Take a few steps on both sides and compare."""
@@ -134,7 +135,10 @@ class Comparison:
         for p in params:
             p.grad = None
         outputs = torch.stack([(p * g).sum() for p, g in zip(params, self.gradients, strict=True)])
-        outputs.sum().backward(outputs.new_tensor(self._scale()))
+        # Not the forward pass: its time is mostly that of memory which malloc gave back to the system or did not, and
+        # which side's that is hangs on how their tensors lie mixed here.
+        backward = partial(outputs.sum().backward, outputs.new_tensor(self._scale()))
+        self.backward_ms[side].append(self._timed(backward))
 
     def _scale(self) -> float:
         return float(self.unit * GRADIENT_NORMS[self.steps % len(GRADIENT_NORMS)])

@@ -35,8 +35,8 @@ Written by `python bench/report.py` (`make report`) from the records under `benc
 [bench/README.md](../bench/README.md) says what is timed and how both sides are checked against each other; every peer
 clips and follows the same schedule. *Ratio*: how many times as long the peer takes. *Bandwidth*: the bytes that a step
 must move, per second, as a part of what a copy moves on the same machine; above 100 % where caches hold the model, or
-where a copy also reads the memory that it writes. *Backward*: the ratio of the forward and backward passes before the
-steps, which a step must not slow down. Times are medians, with the 20th and 80th percentiles, on a
+where a copy also reads the memory that it writes. *Backward*: the ratio of the backward passes before the steps, which
+must not pay for them. Times are medians, with the 20th and 80th percentiles, on a
 CPU of each of four builds, and then the mean of these.
 """
 NOTHING = "No record yet.\n"
@@ -212,7 +212,7 @@ def times(line: Record, side: str) -> str:
 
 
 def backward(line: Record) -> str:
-    """How many times as long the peer's forward and backward pass takes; empty where it was not timed."""
+    """How many times as long the peer's backward pass takes; empty where it was not timed."""
     ours, theirs = (line.get(f"{side}_backward_ms_p50") for side in ("fusedlr", "peer"))
     return f"{theirs / ours:.2f}x" if ours and theirs else ""
 
