@@ -44,7 +44,8 @@ def test_quick_run_prints_a_table_and_draws_a_picture(tmp_path):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
-    for line in ("final training loss", "final validation loss", "optimizer, ms a step (p50)", "largest difference"):
+    times = ("forward, backward, ms (p50)", "optimizer, ms a step (p50)")
+    for line in ("final training loss", "final validation loss", *times, "largest difference"):
         assert line in ran.stdout
     assert "training both: 100%" in ran.stderr
     assert f"wrote {out}" in ran.stdout
