@@ -63,8 +63,8 @@ class Comparison:
     """fusedlr and one peer on the same case.
 
     Both sides own their parameters and gradients. Before every step each parameter gets its gradient in a new tensor:
-    on a CPU from a backward pass after `zero_grad()`, on a GPU at another address than before; that is not part of any
-    time.
+    on a CPU from a backward pass after `zero_grad()`, on a GPU at another address than before; that is not part of a
+    step's time.
     """
 
     def __init__(
@@ -106,7 +106,8 @@ class Comparison:
                 times[side].append(self._timed(self.sides[side][1].step))
             self.steps += 1
         self.compare()
-        return Times(*times, 1, *self.backward_ms)
+        ours, theirs = self.backward_ms
+        return Times(*times, fusedlr_backward=ours, peer_backward=theirs)
 
     def check(self) -> None:
         """Take a few steps on both sides and compare."""
