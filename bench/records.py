@@ -117,6 +117,9 @@ def triton_version() -> str | None:
         return None
 
 
-def driver_version() -> str:
+def driver_version() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None  # a container may have the driver without the tool that tells its version

@@ -14,6 +14,7 @@ from bench.run import QUICK_LIMIT
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch sees"),
+    pytest.mark.filterwarnings("default"),  # torch's compiler imports what torch deprecates
 ]
 
 # The billion-parameter cases need tens of GB, and bench/run.py covers them.

@@ -7,7 +7,7 @@ captured step itself is copied from pinned memory that was allocated before, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
     from .state import Leaf
 
-__all__ = ["CaptureError", "ReplayedClock", "Spare", "capturing", "check_captured", "check_planned", "follow"]
+__all__ = ["CaptureError", "ReplayedClock", "Spare", "capturing", "check_captured", "check_planned",
+           "check_registered", "follow"]  # fmt: skip
 
 
 class CaptureError(RuntimeError):
@@ -40,6 +41,16 @@ def check_planned(leaves: Sequence[Leaf]) -> None:
             "parameters have gradients, or after a parameter, its state or a param group was replaced: what it would "
             "allocate and fill would be filled again by every replay; take a step like the captured one before the "
             "capture (on a side stream, as torch's notes on CUDA graphs say)"
+        )
+
+
+def check_registered(devices: Iterable[torch.device]) -> None:
+    """Raise an error where parameters would be moved while a graph is captured, which notes the copies and makes none."""
+    if any(map(capturing, devices)):
+        raise CaptureError(
+            "an optimizer cannot be made, and its param groups cannot change, while a CUDA graph is captured: parameters "
+            "that are new to it are copied into its memory, and the graph would only note that; make the optimizer, and "
+            "take a step with its groups as they are to be, before the capture; nothing has changed"
         )
 
 
@@ -99,33 +110,54 @@ class Spare:
 
 
 class ReplayedClock:
-    """The clock (t, skipped steps) of a device in pinned memory, written by every replay of a captured step."""
+    """A device's clock in pinned memory, written by every replay of a captured step and by the eager steps between.
 
-    __slots__ = ("_host", "_seen")
+    The host may be many eager steps ahead of what has arrived. So those are counted, here and in the clock's last number.
+    """
+
+    __slots__ = ("_host", "_launched", "_seen")
 
     def __init__(self, device: torch.device) -> None:
         # Allocated now: during a capture it could not be.
-        self._host = torch.full((2,), -1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-        self._seen = -1
+        self._host = torch.full((3,), -1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        self._seen = self._host.tolist()
+        self._launched = 0
 
-    def record(self, clock: Tensor) -> None:
-        """Let the graph that is captured send the clock here at the end of the step."""
+    def record(self, clock: Tensor, captures: bool) -> None:
+        """Send the clock here at the end of a step, and of every replay of a step that is captured."""
+        if not captures:
+            self._launched += 1
+            clock[2].fill_(self._launched)
         self._host.copy_(clock, non_blocking=True)
 
     def news(self) -> int | None:
-        """The clock, if a replay has sent another one since this was last asked; never waits."""
-        now = int(self._host[0])
+        """t after all eager steps, if another clock has arrived since this was last asked; never waits.
+
+        Eager steps that have not arrived are taken as not skipped.
+        """
+        now = self._host.tolist()
         if now == self._seen:
             return None
         self._seen = now
-        return now
+        t, _, counted = now
+        return int(t + self._launched - counted)
+
+    def forget(self) -> None:
+        """Nothing that has arrived counts any more: the clock was set."""
+        self._seen = self._host.tolist()
 
 
 def follow(optimizer: FusedOptimizer) -> None:
-    """Bring the host to where replays of a captured step have brought the device, as far as it has heard."""
-    arrived = optimizer._replayed.news() if optimizer._replayed is not None and optimizer._captured else None
-    if arrived:
-        optimizer._t = arrived - 1
-        scalars, driven = optimizer._scalars()
-        optimizer._t = arrived
-        optimizer._show(scalars, driven)
+    """Bring the host to where replays of a captured step have brought the device, as far as it has heard.
+
+    Not while another is captured: what is shown in a tensor would be noted, and shown again by every replay.
+    """
+    if optimizer._replayed is None or not optimizer._captured or capturing(optimizer._device()):
+        return
+    arrived = optimizer._replayed.news()
+    if arrived is None or arrived == optimizer._t:  # or the host has shown that step already
+        return
+    optimizer._t = max(0, arrived - 1)
+    scalars, driven = optimizer._scalars()
+    optimizer._t = arrived
+    optimizer._show(scalars, driven)

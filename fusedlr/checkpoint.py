@@ -39,7 +39,7 @@ def sync_clock(optimizer: FusedOptimizer) -> tuple[int, int]:
     """(t, skipped steps); where a device may have skipped steps, or replayed them from a graph, this waits for it."""
     if not (optimizer._may_skip or optimizer._captured) or not optimizer._clocks:
         return optimizer._t, optimizer._skipped_before
-    t, skipped = next(iter(optimizer._clocks.values())).tolist()
+    t, skipped, _ = next(iter(optimizer._clocks.values())).tolist()
     optimizer._t = t
     return t, skipped
 
@@ -157,7 +157,9 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
     optimizer._last_lr = []
     optimizer._skipped_before = int(saved.get("skipped_steps", 0))
     for clock in optimizer._clocks.values():
-        clock.copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
+        clock[:2].copy_(clock.new_tensor([optimizer._t, optimizer._skipped_before]))
+    if optimizer._replayed is not None:
+        optimizer._replayed.forget()
     optimizer._records.load(_statistics(state_dict))
     bind_groups(optimizer)
 

@@ -311,7 +311,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if captures:  # nothing has run: that the clock and the lr move will be heard of the replays
             self._captured += [(executor, executor.hand_over()) for executor in plan.executors]
         if self._captured and self._replayed is not None:
-            self._replayed.record(self._clock(self._device()))
+            self._replayed.record(self._clock(self._device()), captures)
         if not skipped and not captures:
             self._show(scalars, driven)
             self._t += knobs.advance
@@ -377,10 +377,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return plan, grads, banks
 
     def _clock(self, device: torch.device) -> Tensor:
-        """The int64 tensor (t, skipped steps) of a device."""
+        """The int64 tensor (t, skipped steps, eager steps since a capture) of a device."""
         if device not in self._clocks:
             # Filled on the device: a copy from ordinary memory would wait for it.
-            clock = self._clocks[device] = torch.empty(2, dtype=torch.int64, device=device)
+            clock = self._clocks[device] = torch.zeros(3, dtype=torch.int64, device=device)
             clock[0].fill_(self._t)
             clock[1].fill_(self._skipped_before)
         return self._clocks[device]

@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
-from . import live
+from . import capture, live
 from .clipping.fixed import as_clip
 from .flat import rehome
 from .groups import GROUP_KEY, as_schedules, check_parameters, own_tensors, scheduled_scalars
@@ -109,6 +109,7 @@ def register(optimizer: FusedOptimizer) -> None:
             group["clip"] = optimizer._clip
     known = {id(leaf.param): leaf for leaf in optimizer._leaves}
     params = [p for group in groups for p in group["params"]]
+    capture.check_registered(dict.fromkeys(p.device for p in params))
     homes = rehome(p for p in params if id(p) not in known) if optimizer._flatten else {}
     leaves: list[Leaf] = []
     for g, group in enumerate(groups):

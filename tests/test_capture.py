@@ -19,7 +19,7 @@ from fusedlr.backends.device import DeviceExecutor
 from fusedlr.backends.torch import HostExecutor
 from fusedlr.backends.triton import TritonExecutor
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_gpu_graphs.py captures real graphs")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_graphs.py captures real graphs")
 COSINE = schedules.Cosine(10, min_lr=0.0)
 
 
@@ -215,32 +215,6 @@ def test_numbers_that_moved_before_a_capture_are_captured(graph: Graph) -> None:
     optimizer.param_groups[0]["lr"] = 0.5
     optimizer.step()
     assert float(bucket.values[0]) == 0.5
-
-
-def test_the_host_follows_replays(graph: Graph) -> None:
-    """The clock arrives by copies that the graph makes; here somebody else moves it."""
-    optimizer, _ = make(schedule=COSINE)
-    optimizer._replayed = capture.ReplayedClock(torch.device("cpu"))  # as a first step on a GPU makes it
-    optimizer.step()
-    with graph:
-        optimizer.step()
-    clock = optimizer._clock(torch.device("cpu"))
-    clock[0] = 1  # the interpreter has run what a capture only notes
-    optimizer._replayed.record(clock)
-    assert optimizer.steps_taken == 1
-    clock[0] = 7  # six replays
-    optimizer._replayed.record(clock)
-    assert optimizer.steps_taken == 7
-    assert optimizer.last_lr == [COSINE(6, 0.1)] == [optimizer.param_groups[0]["lr"]]
-    assert optimizer.next_lr() == [COSINE(7, 0.1)]
-    assert optimizer.state_dict()["param_groups"][0]["fusedlr"]["t"] == 7
-    optimizer.step()
-    assert optimizer.steps_taken == 8 and optimizer.last_lr == [COSINE(7, 0.1)]
-    assert optimizer.state_dict()["param_groups"][0]["fusedlr"]["t"] == 8
-    state = optimizer.state_dict()
-    state["param_groups"][0]["fusedlr"]["t"] = 3
-    optimizer.load_state_dict(state)
-    assert optimizer.steps_taken == 3 and int(clock[0]) == 3
 
 
 @pytest.mark.parametrize("other_plan", [False, True], ids=["same-plan", "another-plan"])

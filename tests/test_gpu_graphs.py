@@ -1,9 +1,8 @@
-"""On a GPU: captured steps with moving numbers, what graphs outlive, and loss scales without a wait."""
+"""On a GPU: numbers in tensors of its own, and loss scales without a wait. tests/test_graphs.py captures more."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import math
 from typing import Any
 
@@ -86,119 +85,6 @@ def test_numbers_in_tensors_move_between_replays() -> None:
         torch.cuda.synchronize()
         outcomes.append([*everything(optimizer), optimizer.last_grad_norm])
     assert all(map(torch.equal, *outcomes))
-
-
-@pytest.mark.parametrize("cls", [fusedlr.AdamW, fusedlr.LAMB])
-@pytest.mark.parametrize(
-    "precision", [fusedlr.Precision.compact(), fusedlr.Precision(state="bf16", rounding="stochastic")], ids=str
-)
-def test_stochastic_rounding_moves_between_replays(cls: Any, precision: fusedlr.Precision) -> None:
-    """Eager steps and replays round alike, step by step, and so with other random bits each time."""
-    outcomes = []
-    for replays in (True, False):
-        params = [nn.Parameter(p.detach().bfloat16()) for p in make_params()]
-        optimizer = cls(params, lr=0.01, weight_decay=0.1, clip=1.0, schedule=COSINE, precision=precision)
-        graph = None
-        seen = []
-        for i in range(6):
-            fill(params, i)
-            graph = step_or_replay(optimizer, graph, replays and i == 1)
-            torch.cuda.synchronize()
-            seen.append([t.clone() for t in everything(optimizer)])
-        outcomes.append(seen)
-    assert all(all(map(torch.equal, a, b)) for a, b in zip(*outcomes, strict=True))
-
-
-def test_forward_backward_and_step_in_one_graph() -> None:
-    """The gradients then lie in the graph's memory: the pointer table changes in the captured step."""
-    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(5)).cuda()
-    outcomes = []
-    for replays in (True, False):
-        model = make_model()
-        optimizer = fusedlr.AdamW(model.parameters(), lr=0.01, clip=0.1, schedule=COSINE)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-
-        def train(model: nn.Module = model, optimizer: Any = optimizer) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            model(x).square().mean().backward()
-            optimizer.step()
-
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                train()
-        torch.cuda.current_stream().wait_stream(stream)
-        if replays:
-            optimizer.zero_grad(set_to_none=True)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                model(x).square().mean().backward()
-                optimizer.step()
-            for i in range(6):
-                graph.replay()
-                # What is freed and allocated in between must not be what the graph reads.
-                gc.collect()
-                torch.full((1 << 20,), float(i), device="cuda")
-        else:
-            for _ in range(6):
-                train()
-        torch.cuda.synchronize()
-        assert optimizer.steps_taken == 9 and optimizer.last_lr == [COSINE(8, 0.01)]
-        assert optimizer.state_dict()["param_groups"][0]["fusedlr"]["t"] == 9
-        outcomes.append(everything(optimizer))
-    for a, b in zip(*outcomes, strict=True):
-        # The matrix products are cuBLAS's, which may choose another kernel in a graph.
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_eager_steps_and_other_plans_between_replays() -> None:
-    outcomes = []
-    for replays in (True, False):
-        params = make_params()
-        optimizer = fusedlr.AdamW(params, lr=0.1, clip=1.0, schedule=COSINE, backend="triton")
-        fixed: list[Tensor] = []
-        graph = None
-        for i in range(9):
-            if i in (4, 7):  # other gradients, and one parameter less
-                for p in params:
-                    p.grad = None
-                fill(params[1:], i)
-                optimizer.step()
-                torch.full((1 << 20,), 7.0, device="cuda")
-                continue
-            if fixed:
-                for p, g in zip(params, fixed, strict=True):
-                    p.grad = g
-            fill(params, i)
-            fixed = fixed or [p.grad for p in params]  # type: ignore[misc]
-            if i == 2 and replays:
-                graph = captured(optimizer)
-            if graph is None or i == 5:
-                optimizer.step()
-            else:
-                graph.replay()
-        torch.cuda.synchronize()
-        outcomes.append(everything(optimizer))
-        assert optimizer.steps_taken == 9
-    assert all(map(torch.equal, *outcomes))
-
-
-# A refused step leaves nothing in the graph.
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-def test_what_cannot_be_captured_is_refused() -> None:
-    params = make_params()
-    optimizer = fusedlr.AdamW(params, lr=0.1, clip=1.0)
-    fill(params, 0)
-    with pytest.raises(RuntimeError, match="as the first step"):
-        captured(optimizer)
-    torch.cuda.synchronize()
-    params[0].grad = None
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="parameters that require gradients have none"):
-        captured(optimizer)
-    torch.cuda.synchronize()
-    optimizer.step()
-    assert int(optimizer.state[params[1]]["step"]) == 2 and optimizer.steps_taken == 2
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -45,7 +45,7 @@ class Knobs:
         may_skip: whether steps have been, or may be, skipped: then the clock of the device is the one that counts.
         advance: whether the clock counts this step.
         grad_norm: where the global norm goes, or None.
-        clock: gives the int64 tensor (t, skipped steps) of a device.
+        clock: gives the int64 tensor of a device that begins with t and the skipped steps.
         records: what the clip keeps on each device.
         scope: over what a norm is needed: "global", "tensor", "unit", or None for no norm.
         measures: whether the gradients must be read before the update.
@@ -114,7 +114,8 @@ class Executor(ABC):
 
     def hand_over(self) -> list[Any]:
         """What the graph of a captured step reads and writes; the next step makes anew what may change of it."""
-        return []
+        # Not the leaves: a checkpoint that is loaded, or other options, give those other state.
+        return [held for leaf in self.leaves for held in (leaf.bank, leaf.flat)]
 
     def refresh(self) -> None:  # noqa: B027  # most executors read it from the host or where it is kept
         """Send what schedules follow beside the steps where it is used, after it changed between two steps."""

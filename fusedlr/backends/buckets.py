@@ -67,6 +67,9 @@ class Sent:
             self.tensor, self._captured = self._spare.send(table, self._device)
             return self.tensor
         self._spare.provide(table, self._device)
+        if self.tensor.is_cuda:
+            # Steps on this stream may not have read the old table yet, which may be another stream's memory.
+            self.tensor.record_stream(torch.cuda.current_stream(self._device))
         self.tensor = send(array, self._device)
         return self.tensor
 

@@ -81,7 +81,7 @@ class DeviceExecutor(Executor):
         if self._skip is None:
             clock[0].add_(int(knobs.advance))
         else:
-            clock.add_(torch.stack([~self._skip & knobs.advance, self._skip]))
+            clock[:2].add_(torch.stack([~self._skip & knobs.advance, self._skip]))
         return False
 
     def _measured(self, knobs: Knobs, inverse: Any) -> None:

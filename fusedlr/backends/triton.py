@@ -41,7 +41,7 @@ class _ClockMirror:
         if self._event is not None:
             self._since += 1
         elif not torch.cuda.is_current_stream_capturing():
-            self._host = torch.empty(2, dtype=torch.int64, device="cpu", pin_memory=True)
+            self._host = torch.empty(3, dtype=torch.int64, device="cpu", pin_memory=True)
             self._host.copy_(clock, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -292,7 +292,7 @@ class TritonExecutor(Executor):
     def hand_over(self) -> list[Any]:
         tables = [table for bucket in self._buckets for table in bucket.hand_over()]
         trusts = [bucket.trust for bucket in self._buckets]
-        return [*self._partials.values(), self._barrier, *trusts, self._units, *tables]
+        return [*super().hand_over(), *self._partials.values(), self._barrier, *trusts, self._units, *tables]
 
     def arrived_clock(self) -> int | None:
         return self._mirror.poll()
