@@ -58,13 +58,17 @@ def info() -> str:
     versions = {name: _version(name) for name in ("torch", "triton", "numpy", "matplotlib")}
     missing = triton_missing()
     triton = missing or ("its interpreter, on CPU tensors" if interpreting() else "compiled, on GPU tensors")
+    try:
+        auto = choose_backend("auto").explain([device.split(":")[0] for device in _devices()])
+    except (RuntimeError, ValueError) as error:  # of the environment variable
+        auto = f"none: {error}"
     lines = [
         f"fusedlr: {fusedlr.__version__}",
         f"python: {platform.python_version()} on {platform.platform()}",
         *(f"{name}: {version}" for name, version in versions.items()),
         "backend torch: yes",
         f"backend triton: {triton}",
-        f"backend auto: {choose_backend('auto').explain([device.split(':')[0] for device in _devices()])}",
+        f"backend auto: {auto}",
         *(f"device {device}" for device in _devices()),
         f"optimizers: {', '.join(name for name in fusedlr.__all__ if _is_optimizer(getattr(fusedlr, name)))}",
         f"schedules: {', '.join(schedules.__all__)}",
@@ -138,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "bench":
         try:
             bench(args.device, args.steps, (Model(*args.model),) if args.model else MODELS)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             print(f"python -m fusedlr bench: {error}", file=sys.stderr)
             return 1
         return 0

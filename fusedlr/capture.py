@@ -45,12 +45,12 @@ def check_planned(leaves: Sequence[Leaf]) -> None:
 
 
 def check_registered(devices: Iterable[torch.device]) -> None:
-    """Raise an error where parameters would be moved while a graph is captured, which notes the copies and makes none."""
+    """Raise an error where parameters would be moved while a graph is captured, which makes none of the copies."""
     if any(map(capturing, devices)):
         raise CaptureError(
-            "an optimizer cannot be made, and its param groups cannot change, while a CUDA graph is captured: parameters "
-            "that are new to it are copied into its memory, and the graph would only note that; make the optimizer, and "
-            "take a step with its groups as they are to be, before the capture; nothing has changed"
+            "an optimizer cannot be made, and its param groups cannot change, while a CUDA graph is captured: new "
+            "parameters are copied into the optimizer's memory, which the graph would only note; make the optimizer, "
+            "and take a step with its groups as they are to be, before the capture; nothing has changed"
         )
 
 
@@ -112,7 +112,8 @@ class Spare:
 class ReplayedClock:
     """A device's clock in pinned memory, written by every replay of a captured step and by the eager steps between.
 
-    The host may be many eager steps ahead of what has arrived. So those are counted, here and in the clock's last number.
+    The host may be many eager steps ahead of what has arrived. So these are counted, here and in the clock's last
+    number.
     """
 
     __slots__ = ("_host", "_launched", "_seen")

@@ -20,9 +20,9 @@ from .conversion import full_slot, full_weight
 from .groups import GROUP_KEY, as_schedules, read
 from .live import Metered, plain
 from .precision import Precision, check_precision
-from .registration import bind_groups, register
+from .registration import bind_groups, refresh, register
 from .schedules import Schedule
-from .state import Bank, Leaf, adopt, check_entry, ensure_state, entry_of, stored_keys
+from .state import Bank, Leaf, adopt, check_entry, ensure_state, entry_of, set_apart, stored_keys
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -68,7 +68,22 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> 
         if optimizer._precision != Precision():
             group[GROUP_KEY]["seed"] = optimizer._precision.seed
         group.update({key: repr(group[key]) for key in _CODE_KEYS if group.get(key) is not None})
+    _leave_out(optimizer, state_dict, format)
     return state_dict if format == "fusedlr" else _as_torch(optimizer, state_dict)
+
+
+def _leave_out(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> None:
+    """Leave out what has taken no step, as the first was skipped: torch has no state then, and SGD dampens what has."""
+    state, leaves = state_dict["state"], iter(optimizer._leaves)
+    steps = {id(bank): bank.steps.tolist() for bank in _banks(optimizer)}
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        rule = optimizer._rule(group)
+        for key, leaf in zip(saved["params"], leaves, strict=False):
+            if rule.start or leaf.bank is None or steps[id(leaf.bank)][leaf.bank_index] or not state.get(key):
+                continue
+            # Of the weights' further bits all are kept; and a step that somebody has put there is one.
+            if (format == "torch" or leaf.storage(rule).plain) and float(state[key].get("step", 1)) == 0:
+                del state[key]
 
 
 def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,6 +93,7 @@ def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
 
 def begin(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
     """Check a checkpoint that is about to be loaded, and remember it as it is: torch hands on what it has cast."""
+    refresh(optimizer)
     check(optimizer, state_dict)
     optimizer._loading = state_dict
 
@@ -138,8 +154,9 @@ def restore(optimizer: FusedOptimizer, groups_before: list[dict[str, Any]], stat
             group.pop(key, None)
         group["clip"] = optimizer._clip
         for key, value in before.items():
-            if key not in group:
-                # A checkpoint of torch.optim has none of fusedlr's keys; it has an initial_lr only under a scheduler.
+            # A checkpoint of torch.optim has none of fusedlr's keys. It has an initial_lr only under a scheduler, and
+            # where there is none here either, the next one begins with the loaded lr.
+            if key not in group and (key != "initial_lr" or "lr" in before[GROUP_KEY]["base"]):
                 group[key] = value
         marks = group[GROUP_KEY]
         if "t" in marks:
@@ -185,9 +202,6 @@ def _as_torch(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str
         own = stored_keys(rule.slots)
         for key, _ in zip(saved["params"], leaves, strict=False):
             entry = state_dict["state"].get(key, {})
-            if entry and not rule.start and float(entry["step"]) == 0:
-                del state_dict["state"][key]  # a step that was left out: torch has no state before the first
-                continue
             numbers = {name: full_slot(entry, name) for name in rule.slots if entry.get(name) is not None}
             if entry:
                 kept = {name: value for name, value in entry.items() if name not in own}
@@ -210,6 +224,7 @@ def use_precision(optimizer: FusedOptimizer, precision: Precision) -> None:
 def _take_in(optimizer: FusedOptimizer) -> None:
     """Copy loaded state into the banks, which keep their addresses where they exist."""
     rules = [optimizer._rule(group) for group in optimizer.param_groups]
+    set_apart(optimizer._leaves, optimizer.state)
     new = []
     for leaf in optimizer._leaves:
         entry = optimizer.state.get(leaf.param) or {}
@@ -222,13 +237,18 @@ def _take_in(optimizer: FusedOptimizer) -> None:
                 new.append(leaf)
             else:
                 optimizer.state.pop(leaf.param, None)
-    ensure_state(new, rules, optimizer.state)
+    for bank in ensure_state(new, rules, optimizer.state):
+        bank.settle()
     optimizer._plan = None
     optimizer._watch_state()
 
 
 def _largest_step(optimizer: FusedOptimizer) -> int:
-    return _largest({id(leaf.bank): leaf.bank for leaf in optimizer._leaves if leaf.bank is not None}.values())
+    return _largest(_banks(optimizer))
+
+
+def _banks(optimizer: FusedOptimizer) -> set[Bank]:
+    return {leaf.bank for leaf in optimizer._leaves if leaf.bank is not None}
 
 
 def _largest(banks: Iterable[Bank]) -> int:

@@ -25,8 +25,8 @@ from torch import Tensor
 from .precision import GROUP, Storage
 
 __all__ = ["belongs", "decode", "element_bits", "encode", "group_scales", "load_state", "load_weight", "merge",
-           "missing", "murmur", "nearest_away", "salted", "split", "step_key", "stochastic", "store_state",
-           "store_weight", "tensor_key"]  # fmt: skip
+           "missing", "murmur", "nearest_away", "other_bits", "salted", "split", "step_key", "stochastic",
+           "store_state", "store_weight", "tensor_key"]  # fmt: skip
 
 _GOLDEN = 0x9E3779B9
 # Odd constants, one for the weight and one for each slot.
@@ -153,11 +153,22 @@ def belongs(w: Tensor, p: Tensor) -> Tensor:
 
 
 def missing(w: Tensor, p: Tensor, bits: int) -> Tensor:
-    """The missing bits of w beside p, or beside its own nearest bfloat16 where p is none: it may be loaded later."""
+    """The missing bits of w beside p, or beside its own nearest bfloat16 where p is none: it may be loaded later.
+
+    Of two that are equally near, a cast has taken the even one. Above that, the bits end one float32 below w.
+    """
     whole = bits_of(w)
-    upper = torch.where(belongs(w, p), _bits_of_bfloat16(p), _bits_of_bfloat16(_as_bfloat16(whole + 0x8000)))
+    even = _as_bfloat16(whole + 0x7FFF + ((whole >> 16) & 1))
+    upper = torch.where(belongs(w, p), _bits_of_bfloat16(p), _bits_of_bfloat16(even))
     low = (whole - upper).clamp_max(0x7FFF)
-    return low.to(torch.int16) if bits == 16 else ((low + 0x80) >> 8).clamp_max(127).to(torch.int8)
+    return other_bits(low.to(torch.int16), bits)
+
+
+def other_bits(low: Tensor, bits: int) -> Tensor:
+    """16 missing bits rounded to 8, or 8 of them as 16, whatever they are missing from."""
+    if low.dtype == torch.int8:
+        return low if bits == 8 else low.to(torch.int16) << 8
+    return low if bits == 16 else ((low.to(torch.int32) + 0x80) >> 8).clamp_max(127).to(torch.int8)
 
 
 def load_weight(p: Tensor, extra: Tensor | None, weights: str) -> Tensor:

@@ -85,7 +85,7 @@ def put_weight(leaf: Leaf, entry: Mapping[str, Any]) -> None:
     """Bring what completes the weight into the leaf's bank, from whatever an entry has of it.
 
     A master copy becomes missing bits of itself where the parameter is another: the user may load the model later.
-    Missing bits become a master copy beside the parameter as it is now.
+    Missing bits become a master copy beside the parameter as it is now; more or fewer of them are as good beside any.
     """
     assert leaf.bank is not None and leaf.extra is not None
     name, dtype = leaf.bank.storage.extra or ("", torch.float32)
@@ -95,6 +95,8 @@ def put_weight(leaf: Leaf, entry: Mapping[str, Any]) -> None:
             extra.copy_(value)
     elif name == "master":
         extra.copy_(full_weight(leaf.param, entry) if value is None else value)
+    elif value is not None:
+        extra.copy_(codecs.other_bits(value, 8 * dtype.itemsize))
     else:
         master = entry.get("master")
         w = master.to(torch.float32) if master is not None else full_weight(leaf.param, entry)

@@ -39,8 +39,9 @@ class Plan:
         self.ptrs = ptrs
         self.executors = executors
         self._same: Comparison = never
-        # What can be transposed where it lies: nothing else shows that.
-        self.movable = [leaf.param for leaf in leaves if sum(n > 1 for n in leaf.shape) > 1]
+        # What can become another view of memory that begins where it lies: nothing else shows that. A vector in a slice
+        # that is as long as it is can not.
+        self.movable = [leaf.param for leaf in leaves if sum(n > 1 for n in leaf.shape) > (leaf.home is not None)]
         self._stays: Comparison = never
 
     def same_layout(self, grads: Sequence[Tensor | None]) -> bool:
@@ -103,7 +104,8 @@ _described = attrgetter("shape", "dtype", "device", "layout")
 
 def _looks(grads: Sequence[Any]) -> Any:
     try:
-        return list(map(_described, grads)), list(map(Tensor.stride, grads)), list(map(Tensor.is_neg, grads))
+        lazy = [*map(Tensor.is_neg, grads), *map(Tensor._is_zerotensor, grads)]
+        return list(map(_described, grads)), list(map(Tensor.stride, grads)), lazy
     except (AttributeError, RuntimeError, TypeError):  # None; a sparse gradient has no strides
         return None
 

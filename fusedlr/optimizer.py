@@ -25,7 +25,7 @@ from .gather import Plan, check_gradients
 from .groups import ScheduleArg, Scheduled, scalars_at
 from .precision import Precision, as_precision
 from .rule import Rule
-from .state import Bank, Leaf, Mark, adopt_replaced, ensure_state, watched
+from .state import Bank, Leaf, Mark, adopt_replaced, ensure_state, set_apart, watched
 
 if TYPE_CHECKING:
     from .integrations.lr_scheduler import FusedLRScheduler
@@ -82,6 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults = {**self._checked(defaults), "schedule": schedule, "clip": self._clip, "norm_group": None}
         super().__init__(params, defaults)
         registration.register(self)
+        self._watch_state()
 
     def _reset(self) -> None:
         """The attributes of an optimizer that has taken no step."""
@@ -117,9 +118,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _checked(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments, after a check of each."""
         betas = values.get("betas")
-        if betas is not None and len(betas) != 2:  # torch reads the first two, or says that an index is out of range
+        two = betas is None or (hasattr(betas, "__len__") and len(betas) == 2)
+        try:
+            validated = cls._validated(values)
+        except (IndexError, TypeError):
+            if two:
+                raise
+        if not two:  # torch reads the first two, or says that an index is out of range
             raise ValueError(f"betas must be two numbers, but got {betas!r}")
-        return cls._validated(values)
+        return validated
 
     @classmethod
     def _validated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,6 +187,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def next_lr(self) -> list[float]:
         """The lr that the next step will use, one float a param group."""
         capture.follow(self)
+        registration.refresh(self)
         return [float(values["lr"]) for values in self._scalars()[0]]
 
     @torch.no_grad()
@@ -190,6 +198,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             TypeError: the metric is no real number.
             ValueError: no schedule of this optimizer is or holds a ``Plateau``.
         """
+        registration.refresh(self)
         live.report(self, metric)
 
     def __repr__(self) -> str:
@@ -308,6 +317,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 bank.move_out(self.state)
             self._plan = None
             raise
+        for bank in banks:
+            bank.settle()
         if captures:  # nothing has run: that the clock and the lr move will be heard of the replays
             self._captured += [(executor, executor.hand_over()) for executor in plan.executors]
         if self._captured and self._replayed is not None:
@@ -318,8 +329,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _gather(self) -> tuple[Plan, list[Tensor], list[Bank]]:
         """The active parameters, their gradients, and state for all of them; everything that can fail fails here."""
-        if not registration.is_current(self):
-            registration.register(self)
+        registration.refresh(self)
         params = self._params
         rules = list(map(self._rule, self.param_groups))
         grads: list[Any] = list(map(_grad, params))
@@ -358,6 +368,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         executors = executors_for(self._backend, leaves)
         guards = self._nonfinite != "propagate" or self._may_skip
         check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
+        if self._mark.set or self.state is not self._watched:
+            set_apart(self._leaves, self.state)
         replaced = adopt_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
         began = self._t or self._last_lr  # the hidden step of torch's distributed checkpoints does not count, but shows
@@ -422,6 +434,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             format: "fusedlr", every array as it is stored; or "torch", what torch.optim can load: 8-bit state decoded
                 to float32, scales and further bits of the weights left out.
         """
+        registration.refresh(self)
         # Before the hooks of others, which may return whatever they like.
         hook = self.register_state_dict_post_hook(lambda _, saved: checkpoint.save(self, saved, format), prepend=True)
         try:
@@ -436,6 +449,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         With ``precision`` a weight may have more bits than its parameter. A parameter that somebody has written since
         the last step counts as it is. ``{name: full[p] for name, p in model.named_parameters()}`` names them.
         """
+        registration.refresh(self)
         return checkpoint.full_precision(self)
 
     @torch.no_grad()

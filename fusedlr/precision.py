@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -77,8 +78,9 @@ class Precision:
                 raise ValueError(f"{name} must be one of {allowed}, but got {value!r}")
         if self.bits != 16 and self.weights != "split":
             raise ValueError(f"bits={self.bits} belongs to weights='split', but weights is {self.weights!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, but got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
 
     @classmethod
     def exact(cls) -> Precision:

@@ -21,9 +21,11 @@ from .schedules import Schedule
 from .state import Leaf
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .optimizer import FusedOptimizer
 
-__all__ = ["bind_groups", "check_group", "is_current", "prepare_group", "register"]
+__all__ = ["bind_groups", "check_group", "prepare_group", "refresh", "register"]
 
 _params = itemgetter("params")
 _schedule = itemgetter("schedule")
@@ -89,6 +91,12 @@ def is_current(optimizer: FusedOptimizer) -> bool:
     return all(map(is_, chain(groups, *_objects(groups), *lists), optimizer._registered))
 
 
+def refresh(optimizer: FusedOptimizer) -> None:
+    """Take note of what somebody has done to the groups by hand, if anything."""
+    if not is_current(optimizer):
+        register(optimizer)
+
+
 def _objects(groups: Sequence[dict[str, Any]]) -> tuple[Iterator[Any], ...]:
     """What a step takes from the groups as objects; what it takes as numbers it reads anew."""
     return map(_schedule, groups), map(dict.get, groups, repeat("clip")), map(dict.get, groups, repeat("norm_group"))
@@ -97,6 +105,9 @@ def _objects(groups: Sequence[dict[str, Any]]) -> tuple[Iterator[Any], ...]:
 def register(optimizer: FusedOptimizer) -> None:
     """Take note of all groups and parameters; move into flat buffers those that are new and can be moved."""
     groups = optimizer.param_groups
+    params = [p for group in groups for p in group["params"]]
+    capture.check_registered(dict.fromkeys(p.device for p in params))
+    _check_once(params)
     for i, group in enumerate(groups):
         if GROUP_KEY not in group:  # somebody has put it there by hand
             check_group(optimizer, group)
@@ -108,8 +119,6 @@ def register(optimizer: FusedOptimizer) -> None:
         else:  # somebody has put a checkpoint there, whose clip is that of another run
             group["clip"] = optimizer._clip
     known = {id(leaf.param): leaf for leaf in optimizer._leaves}
-    params = [p for group in groups for p in group["params"]]
-    capture.check_registered(dict.fromkeys(p.device for p in params))
     homes = rehome(p for p in params if id(p) not in known) if optimizer._flatten else {}
     leaves: list[Leaf] = []
     for g, group in enumerate(groups):
@@ -122,6 +131,17 @@ def register(optimizer: FusedOptimizer) -> None:
     optimizer._plan = None
     bind_groups(optimizer)
     optimizer._sizes = [len(group["params"]) for group in groups]
+
+
+def _check_once(params: Sequence[Tensor]) -> None:
+    """Raise an error for a parameter that is there twice: it would have to be stepped twice, from one state."""
+    first: dict[int, int] = {}
+    for i, p in enumerate(params):
+        if first.setdefault(id(p), i) != i:
+            raise ValueError(
+                f"parameters {first[id(p)]} and {i} (shape {tuple(p.shape)}) are the same one, which torch.optim would "
+                "step twice in every step; give each parameter once: list(dict.fromkeys(parameters))"
+            )
 
 
 def bind_groups(optimizer: FusedOptimizer) -> None:

@@ -9,7 +9,7 @@ of scales a slot, and one of what completes the weights. ``optimizer.state[p]`` 
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import MutableMapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -22,8 +22,8 @@ from .flat import SMALL, Home, aligned, beginning, dense_strides, is_dense, memo
 from .precision import GROUP, Precision, Storage, storage_of
 from .rule import Rule
 
-__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_of", "stored_keys",
-           "watched"]  # fmt: skip
+__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_of", "set_apart",
+           "stored_keys", "watched"]  # fmt: skip
 
 # Between the starts of a bank's slots modulo a page. Streams at equal places within their pages compete for the same
 # sets of the cache: an update that reads and writes four of them takes 4 to 12 % longer.
@@ -210,6 +210,15 @@ class Bank:
                 state[leaf.param] = entry
 
 
+    def settle(self) -> None:
+        """The state is in use: no need to keep what it was made of, nor the parameters, which may leave their group."""
+        self.leaves, self.before = [], []
+
+    def buffers(self) -> list[Tensor]:
+        """All of the bank's memory."""
+        return [*self.slots, *self.scales, self.numbers, *([] if self.extra is None else [self.extra])]
+
+
 class Mark:
     """Set whenever somebody puts something else into the state that it watches."""
 
@@ -342,10 +351,32 @@ def adopt_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: Mutable
         if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
             check_entry(leaf, entry, rules[leaf.group])
             changed.append((leaf, entry))
+    holders = Counter(map(id, state.values() if changed else ()))
     for leaf, entry in changed:
         adopt(leaf, entry)
-        state[leaf.param] = entry_of(leaf, entry)
+        views = entry_of(leaf, entry)
+        if holders[id(entry)] != 1:
+            state[leaf.param] = views
+        else:  # somebody may hold it
+            entry.clear()
+            entry.update(views)
     return [leaf for leaf, _ in changed]
+
+
+def set_apart(leaves: Sequence[Leaf], state: MutableMapping[Tensor, Any]) -> None:
+    """Copy what entries have of another leaf's state, or under another key: it would be written before it is read."""
+    buffers = [b for bank in {leaf.bank for leaf in leaves if leaf.bank is not None} for b in bank.buffers()]
+    spans = [(b.device, b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]
+    for leaf in leaves:
+        entry = state.get(leaf.param)
+        if not isinstance(entry, MutableMapping):
+            continue
+        own = entry_views(leaf) if leaf.bank is not None else {}
+        for name, value in entry.items():
+            if not isinstance(value, Tensor) or (name in own and _is_view(value, own[name])):
+                continue
+            if any(value.device == device and first <= value.data_ptr() < end for device, first, end in spans):
+                entry[name] = value.clone()
 
 
 def _is_view(value: Any, view: Tensor) -> bool:
@@ -387,6 +418,11 @@ def ensure_state(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMa
     for leaf in leaves:
         rule = rules[leaf.group]
         if not leaf.fits(rule):
+            if leaf.device.type == "meta":
+                raise ValueError(
+                    f"parameter {leaf.index} is on the meta device and has no memory that a step could write; give the "
+                    "model memory (model.to_empty(device=...)) and values first"
+                )
             check_entry(leaf, state.get(leaf.param) or {}, rule)
             key = (leaf.device, leaf.dtype, rule.slots, rule.carried, rule.start, leaf.storage(rule))
             buckets.setdefault(key, []).append(leaf)

@@ -7,6 +7,7 @@ varies from step to step (the rows, the decision to skip) is read from device me
 import triton
 import triton.language as tl
 
+from .clipping import clipped
 from .formats import (
     GROUP,
     INT8,
@@ -43,12 +44,12 @@ def update_block(
 ):  # fmt: skip
     """One block: everything is loaded before anything is stored."""
     p = load_weight(p_ptr, extra_ptr, offset, lanes, mask, ALIGNED, ROUND, P, WIDE, FORMAT)
-    g = tl.load(block_of(g_ptr, offset, ALIGNED) + lanes, mask=mask).to(WIDE)
+    g = tl.load(block_of(g_ptr, offset, ALIGNED) + lanes, mask=mask)
     state = ()
     for i in tl.static_range(SLOTS):
         x = load_state(state_ptrs[i], scale_ptrs[i], offset, lanes, left, mask, ALIGNED, i, WIDE, FORMAT)
         state = state + (x,)  # noqa: RUF005
-    new = RULE(p, CLIP(g, grad_scale, limit), *state, h)
+    new = RULE(p, clipped(g, grad_scale, limit, CLIP, WIDE), *state, h)
     noise = key
     if FORMAT // 64 % 2:
         noise = element_bits(key, offset, lanes)

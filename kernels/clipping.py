@@ -3,14 +3,15 @@
 import triton
 import triton.language as tl
 
-__all__ = ["clip_factor", "no_factor", "normalize_factor", "scale", "scale_and_clamp"]
+__all__ = ["clip_factor", "clipped", "no_factor", "normalize_factor", "scale", "scale_and_clamp"]
 
 
 @triton.jit
 def clip_factor(norm, max_norm, eps):
-    """min(1, max_norm/(norm + eps)); NaN stays NaN."""
-    factor = max_norm / (norm + eps)
-    return tl.where(factor >= 1.0, 1.0, factor)
+    """min(1, max_norm/(norm + eps)), 1 where that is 0/0: zeros stay zeros. NaN stays NaN."""
+    whole = norm + eps
+    factor = max_norm / whole
+    return tl.where((whole == 0.0) | (factor >= 1.0), 1.0, factor)
 
 
 @triton.jit
@@ -24,6 +25,16 @@ def normalize_factor(norm, max_norm, eps):
 def no_factor(norm, max_norm, eps):
     """1: for strategies without a norm."""
     return norm * 0.0 + 1.0
+
+
+@triton.jit
+def clipped(g, grad_scale, limit, CLIP: tl.constexpr, WIDE: tl.constexpr):
+    """The element as the rule takes it; a float64 may need its factor to come into the range of WIDE."""
+    if g.dtype == tl.float64:
+        g = CLIP(g, grad_scale.to(tl.float64), limit.to(tl.float64)).to(WIDE)
+    else:
+        g = CLIP(g.to(WIDE), grad_scale, limit)
+    return g
 
 
 @triton.jit

@@ -209,7 +209,8 @@ HYPERS: dict[str, tuple[Any, Any]] = {
 
 @triton.jit
 def sgd_row(step, lr, momentum, dampening, weight_decay, nesterov):
-    return lr, weight_decay, momentum, 1.0 - dampening, nesterov, tl.where(step == 1.0, 1.0, 0.0)
+    first = tl.where((step == 1.0) | (momentum == 0.0), 1.0, 0.0)
+    return lr, weight_decay, momentum, 1.0 - dampening, nesterov, first
 
 
 @triton.jit

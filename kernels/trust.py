@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .apply import arrays_beside, lanes_of
+from .clipping import clipped
 from .decide import global_norm
 from .formats import GROUP, INT8, load_state, load_weight
 from .measure import EUCLID, FLOOR, GROW, SHRINK
@@ -42,12 +43,12 @@ def block_terms(
 ):  # fmt: skip
     """The parameters and the directions of one block, 0 where the mask lets nothing through."""
     p = load_weight(p_ptr, extra_ptr, offset, lanes, mask, ALIGNED, ROUND, P, WIDE, FORMAT, 0)
-    g = tl.load(block_of(g_ptr, offset, ALIGNED) + lanes, mask=mask, other=0.0).to(WIDE)
+    g = tl.load(block_of(g_ptr, offset, ALIGNED) + lanes, mask=mask, other=0.0)
     state = ()
     for i in tl.static_range(SLOTS):
         x = load_state(state_ptrs[i], scale_ptrs[i], offset, lanes, left, mask, ALIGNED, i, WIDE, FORMAT, 0)
         state = state + (x,)  # noqa: RUF005
-    direction = DIRECTION(p, CLIP(g, grad_scale, limit), *state, h)
+    direction = DIRECTION(p, clipped(g, grad_scale, limit, CLIP, WIDE), *state, h)
     # With eps 0 the direction of nothing is 0/0.
     return p, tl.where(mask, direction, 0.0)
 

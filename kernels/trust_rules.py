@@ -109,8 +109,8 @@ def lamb_ratio(p_norm, norm, h):
 
 @triton.jit
 def lars_row(step, lr, momentum, weight_decay, trust_coefficient, eps, dampening, nesterov):
-    return (lr, momentum, weight_decay, trust_coefficient, eps, 1.0 - dampening, nesterov,
-            tl.where(step == 1.0, 1.0, 0.0), step * 0.0 + 1.0)  # fmt: skip
+    first = tl.where((step == 1.0) | (momentum == 0.0), 1.0, 0.0)
+    return lr, momentum, weight_decay, trust_coefficient, eps, 1.0 - dampening, nesterov, first, step * 0.0 + 1.0
 
 
 @triton.jit

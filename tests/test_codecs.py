@@ -77,9 +77,9 @@ def test_missing_bits_are_those_of_the_nearest_bfloat16(seed: int) -> None:
     w[:99] = (w[:99].view(torch.int32) & -0x10000 | 0x8000).view(torch.float32)  # half-way between two
     p = codecs.nearest_away(w)
     assert same_bits(codecs.merge(p, codecs.missing(w, p, 16)), w)
-    # A parameter that is yet to be loaded; and one that was rounded to even, beside which a half does not quite fit.
-    assert torch.equal(codecs.missing(w, torch.zeros_like(p), 16), codecs.missing(w, p, 16))
+    # One that was rounded to even, beside which a half does not quite fit; and one that is yet to be loaded, as a cast.
     even = w.bfloat16()
+    assert torch.equal(codecs.missing(w, torch.zeros_like(p), 16), codecs.missing(w, even, 16))
     assert (even != p).any()
     beside = codecs.merge(even, codecs.missing(w, even, 16))
     assert torch.equal(beside[99:], w[99:]) and ((beside - w).abs() <= w.abs() * 2.0**-23).all()

@@ -277,7 +277,7 @@ def test_a_graph_keeps_the_state_that_it_writes(how: str, graphs: Graphs) -> Non
 def test_the_host_is_not_set_back_by_what_arrives_late(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
-    """Eager steps after a replay, with a device two steps behind: last_lr is that of each step, as before the replay."""
+    """Eager steps after a replay, with a device two steps behind: last_lr is that of each step, as before."""
     optimizer, _ = small()
     graph = graphs.capture(optimizer.step)
     graph.replay()

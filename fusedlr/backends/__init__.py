@@ -148,7 +148,11 @@ class Backend:
 
 def triton_missing() -> str | None:
     """Why Triton cannot be imported, or None where it can."""
-    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # somebody's import hook, or what stands for a module that is not to be imported
+        found = False
+    return None if found else "Triton is not installed"
 
 
 def interpreting() -> bool:

@@ -131,7 +131,8 @@ class DeviceExecutor(Executor):
             p = leaf.flat if leaf.flat is not None else in_order(leaf.param.detach(), leaf)
             step = leaf.step + 1
             values = knobs.scalars[leaf.group].items()
-            scalars = {name: v.to(leaf.device) if isinstance(v, Tensor) else v for name, v in values}
+            # float64, as the other backends read them: in bfloat16 1 - lr*weight_decay would be 1.
+            scalars = {n: v.to(leaf.device, torch.float64) if isinstance(v, Tensor) else v for n, v in values}
             for s in knobs.driven[leaf.group]:
                 held = getattr(s.live, "device_value", None)
                 if held is not None:

@@ -85,12 +85,14 @@ def _inputs(
 ) -> list[Tensor]:
     """What a reference rule is given: (p, g, *slots) in float32 (float64 for float64), g after the clip."""
     dtype = wide(p.dtype)
-    # Asking first takes a tenth of the time of a conversion that is none.
-    p, g, *state = [x if x.dtype == dtype else x.to(dtype) for x in (p, g, *slots)]
+    if g.dtype != torch.float64:  # which may need its factor to come into the range of float32
+        g = g.to(dtype)
     if isinstance(factor, Tensor) or factor != 1.0:
         g = g * factor
     if limit != math.inf:
         g = g.clamp(-limit, limit)
+    # Asking first takes a tenth of the time of a conversion that is none.
+    p, g, *state = [x if x.dtype == dtype else x.to(dtype) for x in (p, g, *slots)]
     return [p, -g if maximize else g, *state]
 
 

@@ -12,6 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, final
 
 import torch
@@ -73,7 +74,7 @@ def autoclip_threshold(record: Tensor, norm: Tensor, eps: Any, keep: Any) -> Ten
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AGC(Clip):
     r"""Adaptive gradient clipping: bound the gradient of each unit by the norm of its weights.
 
@@ -116,7 +117,7 @@ class AGC(Clip):
         return math.inf, self.eps, math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Remembering(Clip):
     """A global norm's strategy whose threshold follows the norms of earlier steps; use ZClip or AutoClip."""
 
@@ -133,7 +134,7 @@ class Remembering(Clip):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ZClip(Remembering):
     r"""Clip spikes of the global norm: those that lie more than z deviations above the moving mean.
 
@@ -204,7 +205,7 @@ class ZClip(Remembering):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AutoClip(Remembering):
     r"""Clip the global norm to a percentile of its own history.
 
@@ -267,8 +268,8 @@ class AutoClip(Remembering):
 
 def _count(name: str, value: Any) -> int:
     """The value as an integer >= 1, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer >= 1, but got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be an integer >= 1, but got {value!r}")
-    return value
+    return int(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar, final
 
@@ -21,11 +21,13 @@ __all__ = ["Clip", "GlobalNorm", "Normalize", "TensorNorm", "Value", "as_clip", 
 
 
 def clip_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
-    """min(1, max_norm/(norm + eps)) for a float or a tensor; a NaN norm gives NaN, as in torch's clip_grad_norm_."""
-    if isinstance(norm, Tensor):
-        return torch.clamp(max_norm / (norm + eps), max=1.0)
+    """min(1, max_norm/(norm + eps)) for a float or a tensor, 1 for a norm of 0 without eps: zeros stay zeros.
+
+    A NaN norm gives NaN, as in torch's clip_grad_norm_.
+    """
     whole = norm + eps
-    # Python raises for x/0, where tensors have inf.
+    if isinstance(whole, Tensor):
+        return torch.where(whole == 0.0, 1.0, torch.clamp(max_norm / whole, max=1.0))
     return 1.0 if whole == 0.0 or max_norm / whole >= 1.0 else max_norm / whole
 
 
@@ -37,7 +39,7 @@ def normalize_factor(norm: Any, max_norm: Any, eps: Any) -> Any:
     return 1.0 if whole == 0.0 else 1.0 / whole
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Clip(ABC):
     """What all clipping strategies have; use one of the classes below."""
 
@@ -45,6 +47,12 @@ class Clip(ABC):
     factor: ClassVar[Any] = None
     settings: ClassVar[tuple[str, ...]] = ()  # names of the numbers that the device needs beside ``numbers``
     threshold: ClassVar[Any] = None  # what makes max_norm of the norms so far; None where it is fixed
+
+    def __repr__(self) -> str:
+        """The code that makes it; an infinity has no name of its own in Python."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        parts = [f"{name}={value!r}" if value != math.inf else f"{name}=float('inf')" for name, value in shown.items()]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     @abstractmethod
@@ -70,7 +78,7 @@ def _norm_type(value: Any) -> float:
     return positive("norm_type", value, allow_inf=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Threshold(Clip):
     """A bound of a norm, of whatever the scope says; use GlobalNorm or TensorNorm."""
 
@@ -90,7 +98,7 @@ class _Threshold(Clip):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GlobalNorm(_Threshold):
     r"""Scale all gradients by one factor so that their joint norm is at most ``max_norm``.
 
@@ -120,7 +128,7 @@ class GlobalNorm(_Threshold):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TensorNorm(_Threshold):
     r"""Scale each tensor's gradient so that its own norm is at most ``max_norm``.
 
@@ -148,7 +156,7 @@ class TensorNorm(_Threshold):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Value(Clip):
     r"""Bound every element of the gradients.
 
@@ -180,7 +188,7 @@ class Value(Clip):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Normalize(Clip):
     r"""Divide the gradients by their norm, each tensor by its own or all by the global one.
 
@@ -221,7 +229,8 @@ def as_clip(clip: Clip | float | None) -> Clip | None:
     """The strategy meant by the argument ``clip``: a number M stands for ``GlobalNorm(M)``."""
     if clip is None or isinstance(clip, Clip):
         return clip
-    if isinstance(clip, bool) or not isinstance(clip, Real):  # NumPy's numbers among them
+    number = isinstance(clip, Real) or (isinstance(clip, Tensor) and clip.numel() == 1)  # NumPy's numbers among them
+    if isinstance(clip, bool) or not number:
         raise TypeError(
             f"clip must be a strategy of fusedlr.clipping, a number > 0 or None, but got {clip!r} "
             f"({type(clip).__name__}); pass for example clip=fusedlr.clipping.GlobalNorm(1.0)"

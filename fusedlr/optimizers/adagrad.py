@@ -182,7 +182,8 @@ class Adagrad(FusedOptimizer):
             backend=backend,
             norm_group=norm_group,
         )
-        ensure_state(self._leaves, [self._rule(group) for group in self.param_groups], self.state)
+        for bank in ensure_state(self._leaves, [self._rule(group) for group in self.param_groups], self.state):
+            bank.settle()
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         # torch, too, takes the constructor's value for every group.

@@ -41,10 +41,9 @@ def lars_row(
     dampening: Any,
     nesterov: Any,
 ) -> LARSHyper:
-    """The numbers of one step; ``first`` marks the step in which the buffer starts as the adapted gradient itself."""
-    return LARSHyper(
-        lr, momentum, weight_decay, trust_coefficient, eps, 1.0 - dampening, nesterov, step == 1, 1.0
-    )
+    """The numbers of one step; ``first`` marks those in which the buffer becomes the adapted gradient itself."""
+    first = (step == 1) | (momentum == 0)
+    return LARSHyper(lr, momentum, weight_decay, trust_coefficient, eps, 1.0 - dampening, nesterov, first, 1.0)
 
 
 def lars(p: Tensor, g: Tensor, h: LARSHyper) -> tuple[Tensor, ...]:

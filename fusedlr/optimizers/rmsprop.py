@@ -208,5 +208,5 @@ class RMSprop(FusedOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         # A scheduled momentum may pass through 0: the buffer stays, and holds the last update then.
-        has_momentum = group["momentum"] > 0 or moves_momentum(group["schedule"])
+        has_momentum = bool(group["momentum"] > 0) or moves_momentum(group["schedule"])
         return _RULES[bool(group["centered"]), has_momentum]

@@ -29,8 +29,8 @@ class SGDHyper(NamedTuple):
 
 
 def sgd_row(step: Any, lr: Any, momentum: Any, dampening: Any, weight_decay: Any, nesterov: Any) -> SGDHyper:
-    """The numbers of one step; ``first`` marks the step in which the buffer starts as the gradient itself."""
-    return SGDHyper(lr, weight_decay, momentum, 1.0 - dampening, nesterov, step == 1)
+    """The numbers of one step; ``first`` marks those in which the buffer becomes the gradient itself."""
+    return SGDHyper(lr, weight_decay, momentum, 1.0 - dampening, nesterov, (step == 1) | (momentum == 0))
 
 
 def sgd(p: Tensor, g: Tensor, h: SGDHyper) -> tuple[Tensor, ...]:
@@ -68,13 +68,13 @@ def _aten_sgd(
         list(grads),
         list(state[0]) if state else [],
         weight_decay=scalars["weight_decay"],
-        # ATen refuses a buffer with momentum 0, through which a schedule may pass.
+        # ATen refuses a buffer with momentum 0, through which a schedule may pass: it is filled as in the first step.
         momentum=scalars["momentum"] or (_SMALLEST if state else 0.0),
         lr=scalars["lr"],
         dampening=scalars["dampening"],
         nesterov=bool(scalars["nesterov"]),
         maximize=maximize,
-        is_first_step=step.item() == 1,
+        is_first_step=step.item() == 1 or scalars["momentum"] == 0,
         grad_scale=grad_scale,
     )
 
@@ -85,8 +85,8 @@ def _fold(step: float, factor: float, scalars: dict[str, float]) -> dict[str, fl
 
 
 def _fold_momentum(step: float, factor: float, scalars: dict[str, float]) -> dict[str, float] | None:
-    """The same, with c in the share of the gradient in the buffer; the first step has none, and Nesterov's two."""
-    if step == 1.0 or scalars["nesterov"]:
+    """The same, with c in the share of the gradient in the buffer, if that is not the gradient itself; Nesterov's has two."""
+    if step == 1.0 or scalars["nesterov"] or scalars["momentum"] == 0:
         return None
     dampening = 1.0 - (1.0 - scalars["dampening"]) * factor
     return {**scalars, "dampening": dampening, "weight_decay": scalars["weight_decay"] / factor}
@@ -147,7 +147,8 @@ class SGD(FusedOptimizer):
     Differs from torch:
         - The state holds ``step`` too: the first step is the one in which it becomes 1. torch tells it by the missing
           buffer.
-        - With a schedule of the momentum the buffer is kept where the momentum passes through 0.
+        - With a schedule of the momentum the buffer is kept where the momentum passes through 0, and holds the gradient
+          then.
         - On the CPU, where the rule is linear in the gradient, the clip factor is folded into lr, weight_decay and
           dampening.
 

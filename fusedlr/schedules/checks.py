@@ -15,6 +15,10 @@ __all__ = ["choice", "flag", "minimum", "number", "schedule", "steps", "whole"]
 _LONGEST = 2**53
 
 
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "numel") and value.numel() == 1 else value
+
+
 def number(
     name: str,
     value: Any,
@@ -23,7 +27,8 @@ def number(
     above: float = -math.inf,
     high: float = math.inf,
 ) -> float:
-    """``value`` as a finite float in [low, high] and in (above, below)."""
+    """``value`` as a finite float in [low, high] and in (above, below); a tensor of one element is its number."""
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, but got {value!r} ({type(value).__name__})")
     try:
@@ -39,7 +44,8 @@ def number(
 
 
 def whole(name: str, value: Any, low: int = 0) -> int:
-    """``value`` as an int in [low, 2**53]."""
+    """``value`` as an int in [low, 2**53]; a tensor of one element is its number."""
+    value = _plain(value)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, but got {value!r} ({type(value).__name__})")
     result = int(value)

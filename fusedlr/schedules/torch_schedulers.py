@@ -69,6 +69,11 @@ def from_torch(scheduler: Any, total_steps: int | None = None, *, group: int = 0
             f"scheduler must be a torch.optim.lr_scheduler.LRScheduler, but got {scheduler!r} "
             f"({type(scheduler).__name__})"
         )
+    if type(scheduler).__module__.startswith("fusedlr."):  # it would follow itself
+        raise ValueError(
+            "the scheduler is the facade of a fusedlr optimizer, which follows that optimizer's own schedule; take "
+            "optimizer.param_groups[0]['schedule']"
+        )
     groups = len(scheduler.optimizer.param_groups)
     if checks.whole("group", group) >= groups:
         raise ValueError(f"group must be below the number of param groups, {groups}, but got {group!r}")
@@ -86,24 +91,43 @@ def _convert(scheduler: Any, total_steps: int | None, group: int) -> Schedule:
         parts = scheduler._schedulers
         if {type(part).__name__ for part in parts} <= _FACTORS:
             return reduce(product, [_convert(part, total_steps, group) for part in parts])
-    if name == "CyclicLR":
-        return _cyclic(scheduler, group) or _replay(scheduler, total_steps, group)
     if name == "MultiplicativeLR":
         return _running_product(scheduler, total_steps, group)
     if name == "LambdaLR":
         return Lambda(scheduler.lr_lambdas[group], _needed(scheduler, total_steps))
+    if name == "CyclicLR":
+        return _cyclic(scheduler, group) or _replay(scheduler, total_steps, group)
+    bounded = name in ("CosineAnnealingLR", "CosineAnnealingWarmRestarts")
+    if bounded and scheduler.eta_min > scheduler.base_lrs[group]:  # it rises to a minimum that is a maximum
+        return _replay(scheduler, total_steps, group)
     closed: dict[str, Callable[[Any], Schedule]] = {
-        "ConstantLR": lambda s: Constant(s.factor, s.total_iters).then(Constant()),
-        "LinearLR": lambda s: Linear(s.total_iters, s.start_factor, s.end_factor),
+        "ConstantLR": _constant,
+        "LinearLR": lambda s: _linear(s.total_iters, s.start_factor, s.end_factor),
         "ExponentialLR": lambda s: StepDecay(1, s.gamma),
         "StepLR": lambda s: StepDecay(s.step_size, s.gamma),
-        "MultiStepLR": lambda s: MultiStepDecay(sorted(s.milestones.elements()), s.gamma),
-        "PolynomialLR": lambda s: Polynomial(s.total_iters, s.power),
+        "MultiStepLR": _multi_step,
+        "PolynomialLR": lambda s: Polynomial(s.total_iters, s.power) if s.total_iters else Constant(),
         "CosineAnnealingLR": lambda s: Cosine(s.T_max, s.eta_min, periodic=True),
         "CosineAnnealingWarmRestarts": lambda s: CosineRestarts(s.T_0, s.T_mult, min_lr=s.eta_min),
         "OneCycleLR": lambda s: _one_cycle(s, s.optimizer.param_groups[group]),
     }
     return closed[name](scheduler) if name in closed else _replay(scheduler, total_steps, group)
+
+
+def _constant(scheduler: Any) -> Schedule:
+    # The factor is taken off when the count of steps comes to total_iters, which for 0 it never does.
+    held = Constant(scheduler.factor, scheduler.total_iters or None)
+    return held.then(Constant()) if scheduler.total_iters else held
+
+
+def _multi_step(scheduler: Any) -> Schedule:
+    """Milestones that no count of steps comes to change nothing."""
+    milestones = sorted(m for m in scheduler.milestones.elements() if m >= 0 and m == int(m))
+    return MultiStepDecay(list(map(int, milestones)), scheduler.gamma) if milestones else Constant()
+
+
+def _linear(total_iters: int, start_factor: float, end_factor: float) -> Schedule:
+    return Linear(total_iters, start_factor, end_factor) if total_iters else Constant(start_factor)
 
 
 def _needed(scheduler: Any, total_steps: int | None) -> int:
@@ -164,10 +188,12 @@ def _one_cycle(scheduler: Any, group: dict[str, Any]) -> Schedule:
 
 
 def _cyclic(scheduler: Any, group: int) -> Schedule | None:
-    """The cycles, or None where they have a function of their own or step sizes that are no integers."""
+    """The cycles, or None where they have a function of their own, step sizes that are no integers, or grow."""
     up = _plain(scheduler.total_size * scheduler.step_ratio)
     down = _plain(scheduler.total_size - up)
     if scheduler._scale_fn_custom is not None or not (up.is_integer() and down.is_integer()):
+        return None
+    if scheduler.mode == "exp_range" and not 0 < scheduler.gamma <= 1:
         return None
     momenta = {}
     if scheduler.cycle_momentum:
