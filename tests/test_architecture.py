@@ -152,7 +152,7 @@ def test_works_without_triton(tmp_path: Path) -> None:
             class Blocked:
                 def find_spec(self, name, path=None, target=None):
                     if name.split(".")[0] == "triton":
-                        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+                        raise ImportError("blocked")  # or a ModuleNotFoundError, which is one
 
             sys.meta_path.insert(0, Blocked())
             import torch
@@ -169,6 +169,16 @@ def test_works_without_triton(tmp_path: Path) -> None:
             assert not torch.equal(model.weight, before)
             assert not any(name.split(".")[0] == "triton" for name in sys.modules), "triton was imported"
             assert "fusedlr.kernels" not in sys.modules
+            assert "because no Triton is installed" in repr(optimizer)
+            try:
+                fusedlr.AdamW(model.parameters(), backend="triton")
+            except RuntimeError as error:
+                assert "Triton is not installed" in str(error)
+            else:
+                raise AssertionError("there is no Triton")
+            from fusedlr.__main__ import info
+
+            assert "backend triton: Triton is not installed" in info()
             """
         )
     )

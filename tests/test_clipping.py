@@ -7,12 +7,15 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from executors import backend_of, executor, place_of  # noqa: F401  # a fixture
 from torch import Tensor
 
 import fusedlr
-from fusedlr.clipping import Clip, GlobalNorm, Normalize, TensorNorm, Value
+from fusedlr import clipping, schedules
+from fusedlr.clipping import AGC, AutoClip, Clip, GlobalNorm, Normalize, TensorNorm, Value, ZClip
 
 # Triton's interpreter computes with numpy, which warns of what these tests do on purpose: inf - inf, 0*inf.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
@@ -311,10 +314,47 @@ def test_what_is_no_clip(clip: Any, error: type[Exception]) -> None:
 
 
 WITHOUT_EPS = [GlobalNorm(1.0, eps=0), TensorNorm(1, eps=0), GlobalNorm(1, "inf", eps=0), Normalize("tensor", eps=0),
-               Normalize("global", eps=0)]  # fmt: skip
+               Normalize("global", eps=0), AutoClip(eps=0), ZClip(eps=0)]  # fmt: skip
 
 
 @pytest.mark.parametrize("clip", WITHOUT_EPS, ids=str)
 def test_gradients_of_zeros_without_eps_stay_zeros(clip: Clip, backend: str) -> None:
     out, _ = clipped([torch.zeros(5), torch.zeros(3)], clip, backend)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in out)
+
+
+def test_a_threshold_of_0_leaves_zeros(executor: str) -> None:  # noqa: F811
+    """Neither is 0/0 one, where a schedule brings max_norm to 0."""
+    p = torch.nn.Parameter(torch.ones(3, device=place_of(executor)))
+    options = {"backend": backend_of(executor), "schedule": {"max_norm": schedules.Linear(2, 1.0, 0.0)}}
+    optimizer = fusedlr.SGD([p], lr=0.1, clip=GlobalNorm(1.0, eps=0.0), **options)
+    for g in (1.0, 1.0, 0.0):
+        before = p.detach().clone()
+        p.grad = torch.full_like(p, g)
+        optimizer.step()
+    assert torch.equal(p, before)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
+INFINITE = [GlobalNorm(math.inf), GlobalNorm(1.0, "inf"), TensorNorm(1, math.inf, 0.5), Value(math.inf),
+            ZClip(max_norm=math.inf), AutoClip(5, 7), Normalize("global"), AGC()]  # fmt: skip
+
+
+@pytest.mark.parametrize("clip", INFINITE, ids=repr)
+def test_a_clip_prints_as_the_code_that_makes_it(clip: Clip) -> None:
+    assert eval(repr(clip), {name: getattr(clipping, name) for name in clipping.__all__}) == clip
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    """And tensors of one element."""
+    assert AutoClip(10, np.int64(5)) == AutoClip(10, 5) and ZClip(warmup_steps=np.int64(5)) == ZClip(warmup_steps=5)
+    assert fusedlr.Precision(seed=np.int64(5)) == fusedlr.Precision(seed=5)
+    optimizer = fusedlr.SGD([torch.nn.Parameter(torch.ones(2))], clip=torch.tensor(0.5))
+    assert optimizer.clip == GlobalNorm(0.5)
+    assert schedules.MultiStepDecay(torch.tensor([1, 2])) == schedules.MultiStepDecay([1, 2])
+    assert schedules.Cosine(torch.tensor(9), min_lr=torch.tensor(0.5)) == schedules.Cosine(9, min_lr=0.5)
+    for wrong in (torch.tensor(True), torch.tensor([1.0, 2.0])):
+        with pytest.raises(TypeError, match="total_steps"):
+            schedules.Cosine(wrong)

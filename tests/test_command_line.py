@@ -239,6 +239,14 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "# 7.125 bytes a bfloat16 parameter of Adam" in told["precision compact()"]
 
 
+def test_a_backend_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FUSEDLR_BACKEND", "gpu")
+    assert main(["info"]) == 0
+    assert "backend auto: none: the environment variable FUSEDLR_BACKEND must be one of" in capsys.readouterr().out
+    assert main(["bench", "--device", "cpu", "--steps", "1", "--model", "1", "10"]) == 1
+    assert "bench: the environment variable FUSEDLR_BACKEND must be" in capsys.readouterr().err
+
+
 def test_it_runs_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fusedlr", "plot", "Cosin(9)"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

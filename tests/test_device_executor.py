@@ -269,3 +269,26 @@ def test_a_triton_step_never_waits(
             optimizer.step()
             assert optimizer.last_lr
     assert launches.count("launch_apply") == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lr_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_number_in_a_narrow_tensor_is_computed_with_in_float64(
+    lr_dtype: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 - lr*weight_decay is 1 in bfloat16."""
+    outcomes = []
+    for on_a_device in (True, False):
+        with monkeypatch.context() as patched:
+            if on_a_device:
+                step_by_the_executor_of_devices(patched)
+            params = make_params(dtype)
+            lr = torch.tensor(0.125, dtype=lr_dtype)
+            optimizer = fusedlr.AdamW(params, lr=lr, weight_decay=0.01, backend="torch")
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.ones_like(p)
+                optimizer.step()
+        outcomes.append([p.detach() for p in params])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=RTOL[dtype], atol=RTOL[dtype])

@@ -104,7 +104,13 @@ def test_lion_refuses_what_adamw_refuses_in_the_same_words(arguments: dict[str, 
         optimizer.add_param_group({"params": [param(3)], **arguments})
 
 
-@pytest.mark.parametrize("betas", [(0.9, 0.99, 0.5), (0.9,)])
+@pytest.mark.parametrize("betas", [(0.9,), 0.9, (0.9, 0.99, 0.5)])
+def test_what_torch_finds_first_is_said_first(betas: Any) -> None:
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        fusedlr.Adam([param(2)], lr=-1, betas=betas)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99, 0.5), (0.9,), 0.9])
 @pytest.mark.parametrize("cls", [fusedlr.Lion, fusedlr.LAMB, fusedlr.Adam, fusedlr.NAdam])
 def test_there_are_two_betas(cls: Any, betas: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"betas must be two numbers, but got {betas!r}")):

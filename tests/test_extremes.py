@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS
+from executors import backend_of, executor  # noqa: F401  # a fixture
 from torch.nn import Parameter
 
 import fusedlr
@@ -167,6 +168,27 @@ def test_float64_gradients_are_clipped_before_they_are_narrowed(shape: tuple[int
         optimizer.step()
         torch.testing.assert_close(p.detach(), torch.full(shape, expected))
         assert int(optimizer.skipped_steps) == 0
+
+
+@pytest.mark.skipif(not hasattr(Parameter, "grad_dtype"), reason="this torch refuses gradients of another dtype")
+@pytest.mark.parametrize("cls", [fusedlr.SGD, fusedlr.LARS])
+@pytest.mark.parametrize("clip", [clipping.GlobalNorm(1.0), clipping.TensorNorm(1.0), clipping.Value(0.5)], ids=str)
+def test_float64_gradients_beyond_float32_are_clipped_first(
+    clip: Any, cls: Any, executor: str  # noqa: F811
+) -> None:
+    """Their factor is a float32 on Triton: of 5e-40, a subnormal, it has five digits."""
+    outcomes = []
+    for dtype in (torch.float32, torch.float64):
+        p = Parameter(torch.ones(4, dtype=dtype))
+        p.grad_dtype = torch.float64  # type: ignore[attr-defined]
+        p.grad = torch.full((4,), 1e39, dtype=torch.float64)
+        optimizer = cls([p], lr=1.0, clip=clip, nonfinite="skip", backend=backend_of(executor))
+        optimizer.step()
+        assert int(optimizer.skipped_steps) == 0
+        outcomes.append(p.detach().double())
+    torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-5)
+    if cls is fusedlr.SGD:
+        torch.testing.assert_close(outcomes[1], torch.full((4,), 0.5, dtype=torch.float64), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

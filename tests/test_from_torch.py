@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as theirs
 
+import fusedlr
 from fusedlr import schedules as s
 from fusedlr.schedules import Schedule, from_torch
 from fusedlr.schedules.program import value
@@ -58,6 +59,11 @@ CLOSED: dict[str, tuple[Make, Schedule]] = {
         lambda o: theirs.CyclicLR(o, 0.01, 0.3, 7, 5, cycle_momentum=False),
         s.Cyclic(0.01, 0.3, 7, 5),
     ),
+    "constant0": (lambda o: theirs.ConstantLR(o, 0.3, 0), s.Constant(0.3)),
+    "linear0": (lambda o: theirs.LinearLR(o, 0.3, 0.9, 0), s.Constant(0.3)),
+    "multistep-none": (lambda o: theirs.MultiStepLR(o, [], 0.3), s.Constant()),
+    "multistep-before": (lambda o: theirs.MultiStepLR(o, [-1, 5], 0.3), s.MultiStepDecay([5], 0.3)),
+    "polynomial0": (lambda o: theirs.PolynomialLR(o, 0), s.Constant()),
     "cyclic2": (
         lambda o: theirs.CyclicLR(o, 0.01, 0.3, 7, mode="triangular2", cycle_momentum=False),
         s.Cyclic(0.01, 0.3, 7, 7, mode="triangular2"),
@@ -95,6 +101,10 @@ SAMPLED: dict[str, Make] = {
         o, 0.01, 0.3, 7, scale_fn=lambda t: 0.99**t, scale_mode="iterations", cycle_momentum=False
     ),
     "cyclic-fraction": lambda o: theirs.CyclicLR(o, 0.01, 0.3, 2.5, 3.25),
+    "cyclic-grows": lambda o: theirs.CyclicLR(o, 0.01, 0.3, 7, mode="exp_range", gamma=1.01, cycle_momentum=False),
+    "cosine-rises": lambda o: theirs.CosineAnnealingLR(o, 20, eta_min=0.5),
+    "restarts-rise": lambda o: theirs.CosineAnnealingWarmRestarts(o, 5, 1, 0.3),
+    "lambda-tensor": lambda o: theirs.LambdaLR(o, lambda t: torch.tensor(0.5, dtype=torch.float64) ** t),
     "chained-cosine": chained(LINEAR, COSINE),
     "chained-over": chained(
         lambda o: theirs.ExponentialLR(o, 0.97), lambda o: theirs.LambdaLR(o, lambda t: 1 / (t + 1))
@@ -276,3 +286,10 @@ def test_every_scheduler_of_torch_is_covered() -> None:
         name for name, cls in vars(theirs).items() if isinstance(cls, type) and issubclass(cls, theirs.LRScheduler)
     }
     assert public <= known
+
+
+def test_the_facade_of_our_own_optimizer_is_no_curve() -> None:
+    ours = fusedlr.SGD([torch.zeros(1)], lr=BASE, schedule=s.Cosine(9))
+    with pytest.raises(ValueError, match=r"facade of a fusedlr optimizer.*\['schedule'\]"):
+        from_torch(ours.lr_scheduler(), 5)
+    assert from_torch(theirs.StepLR(fusedlr.SGD([torch.zeros(1)], lr=BASE), 3)) == s.StepDecay(3, 0.1)

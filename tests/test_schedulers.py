@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS, BY_NAME, clip_by_hand
+from executors import backend_of, executor  # noqa: F401  # a fixture
 from torch import nn
 from torch.optim import lr_scheduler
 from training import CLOSE, COSINE, assert_same_model, gradients, make_model, split_groups, train
@@ -255,6 +256,40 @@ def test_other_scalars_are_scheduled(name: str, scheduled: dict[str, Any], backe
         if "betas" in group:
             assert optimizer.param_groups[0]["betas"] == group["betas"]
     assert_same_model(model, other, **CLOSE)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("cls", [fusedlr.SGD, fusedlr.LARS])
+def test_a_step_with_a_momentum_of_0_has_no_dampening(cls: Any, clip: float | None, executor: str) -> None:  # noqa: F811
+    """It is that of an optimizer without momentum, as in torch; the buffer then holds the gradient."""
+    p = torch.nn.Parameter(torch.ones(5))
+    options = {"lr": 0.1, "clip": clip, "backend": backend_of(executor)}
+    schedule = {"momentum": schedules.Table([1.0, 0.0])}
+    optimizer = cls([p], momentum=0.9, dampening=0.5, schedule=schedule, **options)
+    p.grad = torch.linspace(0.5, 1.5, 5)
+    optimizer.step()
+    if cls is fusedlr.SGD:
+        optimizer.state[p]["momentum_buffer"][0] = torch.inf  # of which 0 times is nothing
+    q = torch.nn.Parameter(p.detach().clone())
+    before = p.detach().clone()
+    p.grad = q.grad = torch.linspace(2.0, 1.0, 5)
+    optimizer.step()
+    cls([q], **options).step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], (before - p.detach()) / 0.1, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [fusedlr.SGD, fusedlr.RMSprop])
+def test_a_momentum_in_a_tensor(cls: Any) -> None:
+    outcomes = []
+    for momentum in (0.9, torch.tensor(0.9)):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = cls([p], lr=0.1, momentum=momentum)
+        for _ in range(2):
+            p.grad = torch.ones(3)
+            optimizer.step()
+        outcomes.append(p.detach())
+    torch.testing.assert_close(*outcomes)
 
 
 def test_an_override_of_another_scalar(seed: int) -> None:

@@ -26,7 +26,8 @@ Differs from torch:
       ``precision`` says otherwise.
     - Parameters are moved into flat buffers when the optimizer is made (``flatten=False`` leaves them where they are).
     - ``foreach``, ``fused`` and ``capturable`` choose nothing. ``differentiable=True``, complex parameters and sparse
-      gradients are errors.
+      gradients are errors. So is a parameter that is given twice, which torch.optim steps twice after a warning, and a
+      value outside its range in a param group, which torch.optim checks in its defaults only.
     - The same inputs give the same bits on every run, on the CPU for a fixed number of threads.
 """
 

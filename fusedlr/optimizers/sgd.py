@@ -85,7 +85,7 @@ def _fold(step: float, factor: float, scalars: dict[str, float]) -> dict[str, fl
 
 
 def _fold_momentum(step: float, factor: float, scalars: dict[str, float]) -> dict[str, float] | None:
-    """The same, with c in the share of the gradient in the buffer, if that is not the gradient itself; Nesterov's has two."""
+    """The same, with c in the share of the gradient in the buffer; Nesterov's has two, and one made anew none."""
     if step == 1.0 or scalars["nesterov"] or scalars["momentum"] == 0:
         return None
     dampening = 1.0 - (1.0 - scalars["dampening"]) * factor
