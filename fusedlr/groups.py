@@ -7,6 +7,7 @@ The marks are kept as plain data in ``group["fusedlr"]``, so that they travel wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,8 +129,10 @@ def as_schedules(schedule: Any, names: tuple[str, ...], clip: Clip | None) -> di
                 f"schedule[{name!r}] must be a schedule of fusedlr.schedules, "
                 f"but got {value!r} ({type(value).__name__})"
             )
-    if "max_norm" in schedule and getattr(clip, "max_norm", None) is None:
-        raise ValueError(f"schedule['max_norm'] needs a clip with a max_norm, such as clip=1.0, but clip is {clip!r}")
+    if "max_norm" in schedule and not math.isfinite(getattr(clip, "max_norm", None) or math.inf):
+        raise ValueError(
+            f"schedule['max_norm'] needs a clip with a finite max_norm, such as clip=1.0, but clip is {clip!r}"
+        )
     if "max_norm" in schedule and live_part(schedule["max_norm"]) is not None:
         raise ValueError(
             f"schedule['max_norm'] cannot follow a metric or the time, but got {schedule['max_norm']!r}; "

@@ -370,7 +370,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
         if self._mark.set or self.state is not self._watched:
             set_apart(self._leaves, self.state)
-        replaced = adopt_replaced(self._leaves, rules, self.state)
+        replaced = adopt_replaced(self._leaves, active, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
         began = self._t or self._last_lr  # the hidden step of torch's distributed checkpoints does not count, but shows
         if not began and (brought := checkpoint.steps_brought(banks, replaced)):

@@ -341,13 +341,18 @@ def _put(number: Tensor, value: Any, otherwise: float) -> None:
         number.copy_(value.reshape(()))
 
 
-def adopt_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> list[Leaf]:
-    """Bring replaced state into the banks, and tell whose; where it was removed it starts anew, as in torch."""
+def adopt_replaced(
+    leaves: Sequence[Leaf], active: Sequence[bool], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]
+) -> list[Leaf]:
+    """Bring replaced state into the banks, and tell whose; where it was removed it starts anew with a gradient."""
     changed = []
-    for leaf in leaves:
+    for leaf, is_active in zip(leaves, active, strict=True):
         if leaf.bank is None or not leaf.fits(rules[leaf.group]):
             continue
         entry = state.get(leaf.param) or {}
+        if not entry and not is_active:
+            leaf.drop_state()
+            continue
         if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
             check_entry(leaf, entry, rules[leaf.group])
             changed.append((leaf, entry))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -145,7 +146,8 @@ OWN: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"schedule": 0.1}, TypeError, "schedule must be a schedule of fusedlr.schedules, a dict of them or None, but got"),
     ({"schedule": {"lr": 0.1}}, TypeError, "schedule['lr'] must be a schedule of fusedlr.schedules, but got 0.1"),
     ({"schedule": {"rate": schedules.Constant()}}, ValueError, "schedule has the unknown scalar 'rate'; expected one"),
-    ({"schedule": {"max_norm": schedules.Constant()}}, ValueError, "schedule['max_norm'] needs a clip with a max_norm"),
+    ({"schedule": {"max_norm": schedules.Constant()}}, ValueError, "schedule['max_norm'] needs a clip with a finite"),
+    ({"schedule": {"max_norm": schedules.Constant()}, "clip": math.inf}, ValueError, "needs a clip with a finite"),
     ({"schedule": schedules.Cosine(9, min_lr=5.0)}, ValueError, "min_lr"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of ('propagate', 'skip', 'raise'), but got 'ignore'"),
     ({"backend": "cuda"}, ValueError, "backend must be one of ('auto', 'triton', 'torch'), but got 'cuda'"),

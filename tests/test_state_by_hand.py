@@ -209,6 +209,22 @@ def test_dicts_of_the_state_may_be_held() -> None:
         assert entry is optimizer.state[p]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_that_was_removed_comes_back_with_a_gradient(backend: str) -> None:
+    made = pair("Adam", backend)
+    for optimizer, (a, b, c) in made:
+        optimizer.state.clear()
+        a.grad = c.grad = torch.ones(6)
+        b.grad = None
+        optimizer.step()
+        assert set(optimizer.state) == {a, c}
+        b.grad = torch.ones(6)
+        optimizer.step()
+    assert_alike(made)
+    (_, _), (ours, (a, b, _)) = made
+    assert float(ours.state[a]["step"]) == 2 and float(ours.state[b]["step"]) == 1
+
+
 def test_one_dict_of_state_for_two_parameters(seed: int) -> None:
     made = pair("Adam")
     for optimizer, (a, b, _) in made:
