@@ -22,7 +22,7 @@ from .live import Metered, plain
 from .precision import Precision, check_precision
 from .registration import bind_groups, refresh, register
 from .schedules import Schedule
-from .state import Bank, Leaf, adopt, check_entry, ensure_state, entry_of, set_apart, stored_keys
+from .state import Bank, adopt, check_entry, ensure_state, entry_of, set_apart, stored_keys
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -73,17 +73,28 @@ def save(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> 
 
 
 def _leave_out(optimizer: FusedOptimizer, state_dict: dict[str, Any], format: str) -> None:
-    """Leave out what has taken no step, as the first was skipped: torch has no state then, and SGD dampens what has."""
+    """Leave out what torch would misread where the first step was skipped: torch has no state then.
+
+    In our own format that is the buffer alone, for which torch's SGD would dampen the first gradient.
+    """
     state, leaves = state_dict["state"], iter(optimizer._leaves)
     steps = {id(bank): bank.steps.tolist() for bank in _banks(optimizer)}
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         rule = optimizer._rule(group)
         for key, leaf in zip(saved["params"], leaves, strict=False):
-            if rule.start or leaf.bank is None or steps[id(leaf.bank)][leaf.bank_index] or not state.get(key):
+            entry = state.get(key)
+            if rule.start or not entry or leaf.bank is None or steps[id(leaf.bank)][leaf.bank_index]:
                 continue
-            # Of the weights' further bits all are kept; and a step that somebody has put there is one.
-            if (format == "torch" or leaf.storage(rule).plain) and float(state[key].get("step", 1)) == 0:
+            if entry.get("step") is None or float(entry["step"]) or any(_holds(entry.get(name)) for name in rule.slots):
+                continue  # somebody has put it there
+            if format == "torch":
                 del state[key]
+            elif group.get("dampening"):
+                entry.pop("momentum_buffer", None)
+
+
+def _holds(slot: Any) -> bool:
+    return isinstance(slot, Tensor) and bool(slot.any())
 
 
 def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,9 +104,15 @@ def _live(marks: Mapping[str, Any]) -> dict[str, Any]:
 
 def begin(optimizer: Any, state_dict: Mapping[str, Any]) -> None:
     """Check a checkpoint that is about to be loaded, and remember it as it is: torch hands on what it has cast."""
-    refresh(optimizer)
-    check(optimizer, state_dict)
+    groups = state_dict.get("param_groups")
+    if groups is None or _sizes(optimizer.param_groups) == _sizes(groups):  # else torch is about to refuse it
+        refresh(optimizer)
+        check(optimizer, state_dict)
     optimizer._loading = state_dict
+
+
+def _sizes(groups: Any) -> list[int]:
+    return [len(group.get("params", ())) for group in groups]
 
 
 def check(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
@@ -224,7 +241,7 @@ def use_precision(optimizer: FusedOptimizer, precision: Precision) -> None:
 def _take_in(optimizer: FusedOptimizer) -> None:
     """Copy loaded state into the banks, which keep their addresses where they exist."""
     rules = [optimizer._rule(group) for group in optimizer.param_groups]
-    set_apart(optimizer._leaves, optimizer.state)
+    set_apart(optimizer._leaves, rules, optimizer.state)
     new = []
     for leaf in optimizer._leaves:
         entry = optimizer.state.get(leaf.param) or {}
@@ -255,12 +272,12 @@ def _largest(banks: Iterable[Bank]) -> int:
     return max((int(bank.steps.max().item()) for bank in banks), default=0)
 
 
-def steps_brought(new: Sequence[Bank], replaced: Sequence[Leaf]) -> int:
+def steps_brought(new: Sequence[Bank]) -> int:
     """The largest step of state that somebody had put beside the parameters, as torch's ZeRO loads it.
 
     Where no step was taken here, that is where the clock begins, as with a checkpoint of torch's.
     """
-    return _largest([*(bank for bank in new if any(bank.before)), *{leaf.bank for leaf in replaced if leaf.bank}])
+    return _largest(bank for bank in new if any(entry for _, entry in bank.before))
 
 
 def _steps_elsewhere(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> int:

@@ -25,7 +25,7 @@ from .gather import Plan, check_gradients
 from .groups import ScheduleArg, Scheduled, scalars_at
 from .precision import Precision, as_precision
 from .rule import Rule
-from .state import Bank, Leaf, Mark, adopt_replaced, ensure_state, set_apart, watched
+from .state import Bank, Leaf, Mark, drop_replaced, ensure_state, watched
 
 if TYPE_CHECKING:
     from .integrations.lr_scheduler import FusedLRScheduler
@@ -368,12 +368,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         executors = executors_for(self._backend, leaves)
         guards = self._nonfinite != "propagate" or self._may_skip
         check_one_executor(executors, guards or (self._clip is not None and self._clip.scope is not None))
-        if self._mark.set or self.state is not self._watched:
-            set_apart(self._leaves, self.state)
-        replaced = adopt_replaced(self._leaves, active, rules, self.state)
+        drop_replaced(self._leaves, rules, self.state)
         banks = ensure_state(leaves, rules, self.state)
         began = self._t or self._last_lr  # the hidden step of torch's distributed checkpoints does not count, but shows
-        if not began and (brought := checkpoint.steps_brought(banks, replaced)):
+        if not began and (brought := checkpoint.steps_brought(banks)):
             self._t = brought
             for clock in self._clocks.values():
                 clock[0].fill_(brought)

@@ -71,6 +71,7 @@ def _another(name: str, value: Any, own: Any) -> ValueError:
 
 def prepare_group(optimizer: FusedOptimizer, index: int) -> None:
     """Give a checked group what fusedlr keeps in it."""
+    _check_once([p for group in optimizer.param_groups for p in group["params"]])
     group = optimizer.param_groups[index]
     rule = optimizer._rule(group)
     check_parameters(group["params"], rule, optimizer._precision, optimizer._clip, type(optimizer).__name__)

@@ -22,7 +22,7 @@ from .flat import SMALL, Home, aligned, beginning, dense_strides, is_dense, memo
 from .precision import GROUP, Precision, Storage, storage_of
 from .rule import Rule
 
-__all__ = ["Bank", "Leaf", "Mark", "adopt", "adopt_replaced", "check_entry", "ensure_state", "entry_of", "set_apart",
+__all__ = ["Bank", "Leaf", "Mark", "adopt", "check_entry", "drop_replaced", "ensure_state", "entry_of", "set_apart",
            "stored_keys", "watched"]  # fmt: skip
 
 # Between the starts of a bank's slots modulo a page. Streams at equal places within their pages compete for the same
@@ -162,7 +162,7 @@ class Bank:
         self.steps = self.numbers[:, 0]
         for i, value in enumerate(self.start[len(self.names) :], start=1):
             self.numbers[:, i].fill_(value)
-        self.before: list[Any] = []
+        self.before: list[tuple[Any, dict[str, Any]]] = []  # each leaf's entry, and what was in it
 
     def slot_dtype(self, i: int) -> torch.dtype:
         """The dtype in which slot ``i`` is stored."""
@@ -182,9 +182,11 @@ class Bank:
     def move_in(self, state: MutableMapping[Tensor, Any]) -> None:
         """Give each leaf its part, with whatever state it had before, and put the views into ``state``."""
         start = 0
+        holders = Counter(map(id, state.values()))
         for index, leaf in enumerate(self.leaves):
-            entry = state.get(leaf.param) or {}
-            self.before.append(state.get(leaf.param))
+            held = state.get(leaf.param)
+            entry = held or {}
+            self.before.append((held, dict(entry)))
             leaf.bank, leaf.bank_index, leaf.bank_start = self, index, start
             leaf.laid = (leaf.shape, leaf.strides)
             leaf.slots = tuple(own_view(slot, start, leaf.numel, (leaf.numel,), (1,)) for slot in self.slots)
@@ -197,17 +199,24 @@ class Bank:
             leaf.carried = tuple(carried)
             if entry or not self.storage.plain:
                 adopt(leaf, entry)
-            state[leaf.param] = entry_of(leaf, entry)
+            views = entry_of(leaf, entry)
+            if held and holders[id(held)] == 1:  # somebody may hold it
+                held.clear()
+                held.update(views)
+            else:
+                state[leaf.param] = views
             start += self._room(leaf)
 
     def move_out(self, state: MutableMapping[Tensor, Any]) -> None:
         """Undo ``move_in``: the step that asked for the state failed before it used it."""
-        for leaf, entry in zip(self.leaves, self.before, strict=True):
+        for leaf, (held, entry) in zip(self.leaves, self.before, strict=True):
             leaf.drop_state()
-            if entry is None:
+            if held is None:
                 del state[leaf.param]
-            else:
-                state[leaf.param] = entry
+                continue
+            held.clear()
+            held.update(entry)
+            state[leaf.param] = held
 
 
     def settle(self) -> None:
@@ -341,43 +350,29 @@ def _put(number: Tensor, value: Any, otherwise: float) -> None:
         number.copy_(value.reshape(()))
 
 
-def adopt_replaced(
-    leaves: Sequence[Leaf], active: Sequence[bool], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]
-) -> list[Leaf]:
-    """Bring replaced state into the banks, and tell whose; where it was removed it starts anew with a gradient."""
-    changed = []
-    for leaf, is_active in zip(leaves, active, strict=True):
+def drop_replaced(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> None:
+    """Forget the state of leaves whose entries are no longer their bank's: it is made anew, from what is there now.
+
+    The bank's memory stays as it is, for whoever has put the old entry aside, or elsewhere.
+    """
+    for leaf in leaves:
         if leaf.bank is None or not leaf.fits(rules[leaf.group]):
             continue
-        entry = state.get(leaf.param) or {}
-        if not entry and not is_active:
+        entry = state.get(leaf.param)
+        views = entry_views(leaf).items()
+        if not isinstance(entry, MutableMapping) or any(not _is_view(entry.get(name), view) for name, view in views):
             leaf.drop_state()
-            continue
-        if any(not _is_view(entry.get(name), view) for name, view in entry_views(leaf).items()):
-            check_entry(leaf, entry, rules[leaf.group])
-            changed.append((leaf, entry))
-    holders = Counter(map(id, state.values() if changed else ()))
-    for leaf, entry in changed:
-        adopt(leaf, entry)
-        views = entry_of(leaf, entry)
-        if holders[id(entry)] != 1:
-            state[leaf.param] = views
-        else:  # somebody may hold it
-            entry.clear()
-            entry.update(views)
-    return [leaf for leaf, _ in changed]
 
 
-def set_apart(leaves: Sequence[Leaf], state: MutableMapping[Tensor, Any]) -> None:
+def set_apart(leaves: Sequence[Leaf], rules: Sequence[Rule], state: MutableMapping[Tensor, Any]) -> None:
     """Copy what entries have of another leaf's state, or under another key: it would be written before it is read."""
     buffers = [b for bank in {leaf.bank for leaf in leaves if leaf.bank is not None} for b in bank.buffers()]
     spans = [(b.device, b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]
     for leaf in leaves:
-        entry = state.get(leaf.param)
-        if not isinstance(entry, MutableMapping):
-            continue
+        rule, entry = rules[leaf.group], state.get(leaf.param) or {}
         own = entry_views(leaf) if leaf.bank is not None else {}
-        for name, value in entry.items():
+        for name in ("step", *rule.carried, *rule.slots, *stored_keys(rule.slots)):
+            value = entry.get(name)
             if not isinstance(value, Tensor) or (name in own and _is_view(value, own[name])):
                 continue
             if any(value.device == device and first <= value.data_ptr() < end for device, first, end in spans):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -80,8 +81,44 @@ def reverse_and_load_live(optimizer: Any, params: list[Parameter]) -> None:
     optimizer.load_state_dict(saved)
 
 
+def put_aside(optimizer: Any, params: list[Parameter]) -> None:
+    """All state, for two steps with other state."""
+    state = optimizer.state
+    optimizer.state = defaultdict(dict)
+    for i in range(5, 7):
+        step(optimizer, params, i)
+    optimizer.state = state
+
+
+def put_one_aside(optimizer: Any, params: list[Parameter]) -> None:
+    entry = optimizer.state.pop(params[1])
+    for i in range(5, 7):
+        step(optimizer, params, i)
+    optimizer.state[params[1]] = entry
+
+
+def load_what_was_put_aside(optimizer: Any, params: list[Parameter]) -> None:
+    saved = optimizer.state_dict()
+    optimizer.state.clear()
+    step(optimizer, params, 5)
+    optimizer.load_state_dict(saved)
+
+
+def hand_to_one_outside(optimizer: Any, params: list[Parameter]) -> None:
+    """Which comes back later."""
+    a, b, c = params
+    optimizer.param_groups[0]["params"] = [a, c]
+    optimizer.state[b] = optimizer.state.pop(a)
+    step(optimizer, [a, c], 5)
+    optimizer.param_groups[0]["params"] = [a, b, c]
+
+
+CHANGES = [swap, turn, take_over, reverse_and_load_live, put_aside, put_one_aside, load_what_was_put_aside,
+           hand_to_one_outside]  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("change", [swap, turn, take_over, reverse_and_load_live], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", NAMES)
 def test_state_goes_from_parameter_to_parameter(name: str, change: Callable[..., None], backend: str) -> None:
     """What is moved are views of memory that the step writes: none may be read after another was written there."""
@@ -225,6 +262,59 @@ def test_state_that_was_removed_comes_back_with_a_gradient(backend: str) -> None
     assert float(ours.state[a]["step"]) == 2 and float(ours.state[b]["step"]) == 1
 
 
+def test_keys_of_somebody_elses_are_left_as_they_are(seed: int) -> None:
+    """Also tensors without memory of their own, and other names for what the optimizer has."""
+    ((_, _), (optimizer, params)) = pair("Adam")
+    entry = optimizer.state[params[0]]
+    entry["mask"], entry["mine"] = torch.eye(2).to_sparse(), entry["exp_avg"]
+    for i in range(2, 4):
+        step(optimizer, params, i)
+    assert entry["mask"].is_sparse and entry["mine"].data_ptr() == entry["exp_avg"].data_ptr()
+    before = entry["exp_avg"].clone()
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(optimizer, params, 4)
+    now = optimizer.state[params[0]]
+    assert now["mask"].is_sparse and not torch.equal(now["exp_avg"], before)
+
+
+@pytest.mark.parametrize("state", ["param", "int8"])
+def test_a_step_that_fails_leaves_state_that_was_put_there_as_it_was(state: str) -> None:
+    a, b = Parameter(torch.ones(70)), Parameter(torch.ones(70))
+    optimizer = fusedlr.Adam([a, b], lr=0.1, precision=fusedlr.Precision(state=state))
+    step(optimizer, [a, b], 0)
+    old = optimizer.state[a]
+    olds = {name: value.clone() for name, value in old.items()}
+    mine = {"step": torch.tensor(1.0), "exp_avg": torch.randn(70), "exp_avg_sq": torch.rand(70)}
+    put = dict(mine)
+    optimizer.state[a] = mine
+    optimizer.state[b] = {**mine, "exp_avg": torch.ones(3)}
+    with pytest.raises(ValueError, match="'exp_avg' of shape"):
+        step(optimizer, [a, b], 1)
+    assert optimizer.state[a] is mine and all(mine[name] is put[name] for name in put)
+    assert all(torch.equal(old[name], olds[name]) for name in olds)
+    optimizer.state[b] = {}
+    step(optimizer, [a, b], 1)
+    assert float(optimizer.state[a]["step"]) == 2 and float(optimizer.state[b]["step"]) == 1
+
+
+def test_a_load_that_torch_refuses_changes_no_group() -> None:
+    p, q = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = fusedlr.SGD([p], lr=0.1)
+    optimizer.param_groups.append({"params": [q]})
+    at = q.data_ptr()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert optimizer.param_groups[1] == {"params": [q]} and q.data_ptr() == at
+
+
+def test_a_group_with_a_parameter_twice_is_not_added() -> None:
+    optimizer = fusedlr.SGD([{"params": []}], lr=0.1)
+    p = Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="parameters 0 and 1"):
+        optimizer.add_param_group({"params": [p, p]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_one_dict_of_state_for_two_parameters(seed: int) -> None:
     made = pair("Adam")
     for optimizer, (a, b, _) in made:
@@ -252,15 +342,17 @@ def test_the_next_scheduler_begins_with_the_loaded_lr() -> None:
     assert started[0] == started[1] == ([0.01], 0.01)
 
 
+@pytest.mark.parametrize("format", ["fusedlr", "torch"])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop"])
-def test_a_checkpoint_after_a_skipped_first_step_starts_anew_in_torch(name: str) -> None:
+def test_a_checkpoint_after_a_skipped_first_step_starts_anew_in_torch(name: str, format: str) -> None:
     options = OPTIONS.get(name, {})
     p = Parameter(torch.ones(3))
     optimizer = getattr(fusedlr, name)([p], lr=0.1, nonfinite="skip", **options)
     p.grad = torch.full((3,), float("nan"))
     optimizer.step()
-    saved = optimizer.state_dict()
-    assert saved["state"] == {} and saved["param_groups"][0]["fusedlr"]["skipped_steps"] == 1
+    saved = optimizer.state_dict(format=format)
+    assert bool(saved["state"]) == (format == "fusedlr")
+    assert saved["param_groups"][0]["fusedlr"]["skipped_steps"] == 1
     outcomes = []
     for state in (saved, None):
         q = Parameter(torch.ones(3))
@@ -271,6 +363,36 @@ def test_a_checkpoint_after_a_skipped_first_step_starts_anew_in_torch(name: str)
             step(theirs, [q], i)
         outcomes.append(q)
     assert torch.equal(*outcomes)
+
+
+def test_moments_whose_step_was_set_to_0_are_saved() -> None:
+    """As is done to begin the bias correction anew."""
+    ((_, _), (optimizer, params)) = pair("Adam")
+    for p in params:
+        optimizer.state[p]["step"].zero_()
+    for format in ("fusedlr", "torch"):
+        saved = optimizer.state_dict(format=format)["state"]
+        assert torch.equal(saved[1]["exp_avg"], optimizer.state[params[1]]["exp_avg"]) and len(saved) == 3
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[params[1]]["exp_avg"].any()
+
+
+def test_distributed_checkpoints_after_a_skipped_first_step() -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = fusedlr.AdamW(model.parameters(), nonfinite="skip")
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.inf)
+    optimizer.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    assert "state.weight.exp_avg" in saved
+    set_optimizer_state_dict(model, optimizer, saved, options=options)
 
 
 @pytest.mark.parametrize("flatten", [True, False])

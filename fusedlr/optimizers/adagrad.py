@@ -184,6 +184,7 @@ class Adagrad(FusedOptimizer):
         )
         for bank in ensure_state(self._leaves, [self._rule(group) for group in self.param_groups], self.state):
             bank.settle()
+        self._watch_state()
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         # torch, too, takes the constructor's value for every group.
