@@ -189,7 +189,7 @@ def test_max_norm_may_be_scheduled(executor: str) -> None:
 
 @pytest.mark.parametrize("clip", [ZClip(), AutoClip(), AGC()], ids=repr)
 def test_without_a_max_norm_none_can_be_scheduled(clip: Clip) -> None:
-    with pytest.raises(ValueError, match="needs a clip with a max_norm"):
+    with pytest.raises(ValueError, match="needs a clip with a finite max_norm"):
         sgd([nn.Parameter(torch.ones(2))], clip, "host", schedule={"max_norm": schedules.Linear(4, 1.0, 0.5)})
 
 
