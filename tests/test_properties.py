@@ -39,6 +39,9 @@ def divides_by_a_difference(optimizer: Any) -> bool:
     return coupled and kwargs["betas"][1] == 0.0 and kwargs["weight_decay"] != 0.0
 
 
+# Where a gradient and the decay of its weight cancel, what is left is mostly rounding; with the default of 1e-8 its size
+# would not matter, and the update be as wrong as its sign.
+EPS = st.just(0.01)
 OPTIMIZERS = st.one_of(
     st.tuples(
         st.just("SGD"),
@@ -51,6 +54,7 @@ OPTIMIZERS = st.one_of(
         st.fixed_dictionaries(
             {
                 "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.0)]),
+                "eps": EPS,
                 "weight_decay": DECAYS,
                 "amsgrad": st.booleans(),
                 "maximize": st.booleans(),
@@ -60,24 +64,31 @@ OPTIMIZERS = st.one_of(
     st.tuples(
         st.just("RMSprop"),
         st.fixed_dictionaries(
-            {"momentum": st.sampled_from([0.0, 0.9]), "weight_decay": DECAYS, "maximize": st.booleans()}
+            {"momentum": st.sampled_from([0.0, 0.9]), "weight_decay": DECAYS, "maximize": st.booleans(), "eps": EPS}
         ),
     ),
     st.tuples(
         st.just("Adagrad"),
         st.fixed_dictionaries(
-            {"lr_decay": DECAYS, "initial_accumulator_value": DECAYS, "weight_decay": DECAYS, "maximize": st.booleans()}
+            {
+                "lr_decay": DECAYS,
+                "initial_accumulator_value": DECAYS,
+                "weight_decay": DECAYS,
+                "maximize": st.booleans(),
+                "eps": EPS,
+            }
         ),
     ),
     st.tuples(
         st.sampled_from(["Adadelta", "Adamax"]),
-        st.fixed_dictionaries({"weight_decay": DECAYS, "maximize": st.booleans()}),
+        st.fixed_dictionaries({"weight_decay": DECAYS, "maximize": st.booleans(), "eps": EPS}),
     ),
     st.tuples(
         st.sampled_from(["NAdam", "RAdam"]),
         st.fixed_dictionaries(
             {
                 "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.0)]),
+                "eps": EPS,
                 "weight_decay": DECAYS,
                 "decoupled_weight_decay": st.booleans(),
                 "maximize": st.booleans(),

@@ -30,7 +30,7 @@ device_adaptive: Any = importlib.import_module("fusedlr.kernels.adaptive")
 device_units: Any = importlib.import_module("fusedlr.kernels.units")
 
 # Kernel functions without a reference: what the skeleton does to an element, and a strategy without a norm.
-SKELETON = {"scale", "scale_and_clamp", "no_factor"}
+SKELETON = {"clipped", "scale", "scale_and_clamp", "no_factor"}
 
 
 def family_modules() -> list[Any]:
