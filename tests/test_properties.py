@@ -39,7 +39,7 @@ def divides_by_a_difference(optimizer: Any) -> bool:
     return coupled and kwargs["betas"][1] == 0.0 and kwargs["weight_decay"] != 0.0
 
 
-# Where a gradient and the decay of its weight cancel, what is left is mostly rounding; with the default of 1e-8 its size
+# Where a gradient and the decay of its weight cancel, what is left is rounding. With the default of 1e-8 its size
 # would not matter, and the update be as wrong as its sign.
 EPS = st.just(0.01)
 OPTIMIZERS = st.one_of(
